@@ -1,0 +1,125 @@
+"""What every backend of a slot shares: where an entry lies, and how device I/O is asked for.
+
+A backend never performs I/O by itself. An *operation* is a generator: it yields what it needs
+(`IoBatch`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's lock and resumes it
+with the outcome. Between two yields the engine's state is consistent, and anything may have changed
+when an operation is resumed: it must look again. So the same code runs under an event loop, in the
+shrinker's thread, in a plain loop in a test, and in a simulator that reorders the I/O at will.
+
+This module must not know the swap table, sockets, threads, or any concrete backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from vswapd_blockdev.device import BlockDevice, DeviceError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+U64 = npt.NDArray[np.uint64]
+I64 = npt.NDArray[np.int64]
+
+PAGE_BYTES: Final = 4096
+SEGMENT_BYTES: Final = 256 * 1024
+
+
+class Places(NamedTuple):
+    """Where n entries lie: three arrays of shape (n,), int64.
+
+    `number` is the segment's (zswap) or the extent's (device); `offset` is where the entry begins
+    in it; `length` counts the compressed bytes, PAGE_BYTES for a page that is kept raw.
+    """
+
+    number: I64
+    offset: I64
+    length: I64
+
+
+class IoKind(Enum):
+    """What is asked of a device."""
+
+    READ = "read"
+    WRITE = "write"
+    DISCARD = "discard"
+
+
+@dataclass(slots=True)
+class IoRequest:
+    """One device request. `perform` may block; it touches nothing but the device and itself."""
+
+    kind: IoKind
+    device: BlockDevice
+    extent: int
+    offset: int
+    length: int
+    """READ, WRITE: bytes; DISCARD: extents."""
+    data: bytes | bytearray | memoryview = b""
+    result: memoryview | None = field(default=None, init=False)
+    error: DeviceError | None = field(default=None, init=False)
+
+    def perform(self) -> None:
+        """Do it; a DeviceError is kept in `error`, anything else is our mistake and is raised."""
+        try:
+            match self.kind:
+                case IoKind.READ:
+                    self.result = self.device.read(self.extent, self.offset, self.length)
+                case IoKind.WRITE:
+                    self.device.write(self.extent, self.offset, self.data)
+                case IoKind.DISCARD:
+                    self.device.discard(self.extent, self.length)
+        except DeviceError as error:
+            self.error = error
+
+
+@dataclass(slots=True)
+class IoBatch:
+    """Requests that may be performed at the same time, in any order; resumed when all are done."""
+
+    requests: Sequence[IoRequest]
+
+    def perform(self) -> None:
+        """All of them, one after the other."""
+        for request in self.requests:
+            request.perform()
+
+
+class Breath(Enum):
+    """What an operation may ask for besides I/O."""
+
+    WAIT = "wait"
+    """Somebody else's I/O must end first: resume me after the next one has."""
+    PAUSE = "pause"
+    """Long work: let others have the lock, then resume me."""
+
+
+WAIT: Final = Breath.WAIT
+PAUSE: Final = Breath.PAUSE
+
+T = TypeVar("T")
+Operation = Generator[IoBatch | Breath, None, T]
+
+
+class StuckError(RuntimeError):
+    """A lone operation waits for others, and there are none: a mistake of ours."""
+
+
+def run(operation: Operation[T]) -> T:
+    """Drive one operation to its end on the spot, I/O included. For tests, tools and benchmarks."""
+    try:
+        while True:
+            need = next(operation)
+            if isinstance(need, IoBatch):
+                need.perform()
+            elif need is WAIT:
+                raise StuckError("the operation waits for I/O that nobody else has under way")
+    except StopIteration as end:
+        result: T = end.value
+        return result

@@ -1,0 +1,67 @@
+"""What the engine can be told: plain values, sizes in bytes, shares between 0 and 1.
+
+The service makes one from the configuration; `Engine.apply` takes a new one at run time. The fields
+are checked where the configuration is read; here they are only held.
+
+This module must not know files, TOML, or the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupLimits:
+    """What one group may hold. None: no limit; 0: none of this kind."""
+
+    pool_max: int | None = None
+    """Compressed bytes in pools."""
+    device_max: int | None = None
+    """Compressed bytes on devices."""
+    writeback: bool = True
+    """Whether pages of this group may be written to a device at all."""
+
+
+NO_LIMITS = GroupLimits()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that steers an engine. `max_slots` alone is fixed for its life."""
+
+    max_slots: int = 1 << 30
+    """Slots the table has room for; costs address space, not memory."""
+    pool_max: int
+    """Bytes that all pools together may occupy."""
+    accept_threshold: float = 0.90
+    """Share of pool_max: once full, the pool refuses until it is at or below this."""
+    codec: str = "lz4"
+    """`lz4`, `lz4hc:N`, `zstd:N`: what new pages are compressed with."""
+    pool_enabled: bool = True
+    """Off: new pages go straight to the device; what is in the pool stays readable."""
+    verify: Literal["never", "always"] = "never"
+    """Whether checksums are compared on loads from the pool too (device reads: always)."""
+    store_enabled: bool = True
+    """Off: every store is rejected with `disabled`."""
+    shrinker_enabled: bool = True
+    high_watermark: float = 0.95
+    """Share of pool_max at which the shrinker begins to write back."""
+    low_watermark: float = 0.85
+    """Share of pool_max down to which it goes on."""
+    shrinker_rate: int = 0
+    """Most bytes per second it writes by itself; 0: no bound."""
+    idle_age: float = 0.0
+    """Seconds after which a page that was not loaded is written back anyway; 0: never."""
+    write_budget: int = 0
+    """Bytes per day (of the engine's clock) that writeback may put on devices; 0: no bound."""
+    groups: Mapping[str, GroupLimits] = field(default_factory=lambda: MappingProxyType({}))
+    """By group name: the peer's uid in decimal."""
+    default_group: GroupLimits = NO_LIMITS
+
+    def limits_of(self, group: str) -> GroupLimits:
+        """The limits of a group: its own, else the default ones."""
+        return self.groups.get(group, self.default_group)

@@ -1,0 +1,278 @@
+"""The layout of a segment: 256 KiB that are the same bytes in RAM and on a device.
+
+    0        64                                                              262144
+    | header | entry | entry | entry ...  payload grows ->    <- directory grows |
+
+    entry:      check u64 | compressed bytes (1 to 4096; exactly 4096: a page kept raw)
+    directory:  u64 per entry, the first one at the very end: slot number:40 | length:13
+
+Entries follow each other without gaps except where a writer rounds up to a block on purpose; then
+the directory has a filler (NO_SLOT) of the gap's size, so offsets are the running sum of lengths.
+
+The check is mmh3 (x64, 128 bit, its first half) of the compressed bytes, exclusive-or'd with the
+slot number and the segment's sequence number, each times an odd constant. So an entry is right only
+in the segment and for the slot that it was written for: a device that lost a write and returns what
+stood in the extent before is found out, also where lengths and offsets happen to agree. It stands
+beside the bytes, not in the directory, because then a load from the device is one read, and pages
+that were written back leave nothing in RAM.
+
+Invariants:
+- Directory order is payload order.
+- Of a segment, only the bytes below the payload's end and above the directory's start are used.
+
+This module does no I/O and must not know where segments live or which entries are alive.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from mmh3 import mmh3_x64_128_digest
+
+from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, U64
+
+HEADER: Final = struct.Struct("<4sHH16sQQIIIIQ")
+HEADER_BYTES: Final = HEADER.size  # 64
+CHECK_BYTES: Final = 8
+DIRECTORY_ENTRY_BYTES: Final = 8
+ENTRY_OVERHEAD: Final = CHECK_BYTES + DIRECTORY_ENTRY_BYTES
+CAPACITY: Final = SEGMENT_BYTES - HEADER_BYTES
+"""Bytes of a segment that entries and their overhead share."""
+SEGMENT_WORDS: Final = SEGMENT_BYTES // 8
+MAGIC: Final = b"VSEG"
+LAYOUT_VERSION: Final = 1
+NO_SLOT: Final = (1 << 40) - 1
+"""The slot number of a filler; the table has no such slot."""
+
+_SLOT_MASK: Final = np.uint64(NO_SLOT)
+_LENGTH_SHIFT: Final = np.uint64(40)
+_LENGTH_MASK: Final = np.uint64((1 << 13) - 1)
+# Odd 64-bit constants with well-mixed bits: 2**64 / golden ratio, and the one of splitmix64.
+_SLOT_SALT: Final = np.uint64(0x9E3779B97F4A7C15)
+_SEQUENCE_SALT: Final = 0xBF58476D1CE4E5B9
+_LANES: Final = np.arange(CHECK_BYTES, dtype=np.int64)
+
+
+class LayoutError(Exception):
+    """Bytes that are no segment image, or a damaged one; the text says how it was noticed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Header:
+    """What a segment says of itself."""
+
+    codec: str
+    sequence: int
+    """Unique in a daemon's life; part of every check."""
+    age: int
+    """Position in the order of coldness: the sequence of the youngest data that it inherited."""
+    count: int
+    """Directory entries, dead ones included."""
+    payload_end: int
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """A segment's entries in payload order; arrays of shape (n,)."""
+
+    numbers: I64
+    offsets: I64
+    lengths: I64
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def pick(self, which: np.ndarray[tuple[int], np.dtype[np.bool_ | np.intp]]) -> Directory:
+        """Only those entries."""
+        return Directory(self.numbers[which], self.offsets[which], self.lengths[which])
+
+
+def digests(entries: Sequence[bytes | bytearray | memoryview]) -> U64:
+    """mmh3 of each entry's compressed bytes, without salt; shape (n,)."""
+    joined = b"".join(map(mmh3_x64_128_digest, entries))
+    return np.frombuffer(joined, np.uint64)[::2]
+
+
+def sequence_salt(sequence: int) -> np.uint64:
+    """What the checks of a segment have in common."""
+    return np.uint64((sequence * _SEQUENCE_SALT) & 0xFFFFFFFFFFFFFFFF)
+
+
+def salted(plain: U64, numbers: I64, sequence: int) -> U64:
+    """Digests made into checks, or checks into digests: its own inverse."""
+    return plain ^ (numbers.view(np.uint64) * _SLOT_SALT) ^ sequence_salt(sequence)
+
+
+def directory_words(numbers: I64, lengths: I64) -> U64:
+    """Directory entries for n entries of a payload, in payload order."""
+    return ((lengths << 40) | numbers).view(np.uint64)
+
+
+def parse_directory(words: U64) -> Directory:
+    """A directory from its words in payload order. Fillers are left out."""
+    lengths = ((words >> _LENGTH_SHIFT) & _LENGTH_MASK).view(np.int64)
+    numbers = (words & _SLOT_MASK).view(np.int64)
+    ends = np.cumsum(lengths + CHECK_BYTES) + HEADER_BYTES
+    directory = Directory(numbers, ends - lengths - CHECK_BYTES, lengths)
+    real = numbers != NO_SLOT
+    return directory if real.all() else directory.pick(real)
+
+
+def get_checks(arena: np.ndarray[tuple[int], np.dtype[np.uint8]], addresses: I64) -> U64:
+    """The checks of the entries that begin at `addresses` of a byte array; shape (n,)."""
+    gathered = np.ascontiguousarray(arena[addresses[:, None] + _LANES])
+    return gathered.view(np.uint64).reshape(len(addresses))
+
+
+def put_checks(
+    arena: np.ndarray[tuple[int], np.dtype[np.uint8]], addresses: I64, checks: U64
+) -> None:
+    """Write the checks of the entries that begin at `addresses`."""
+    arena[addresses[:, None] + _LANES] = checks.view(np.uint8).reshape(len(checks), CHECK_BYTES)
+
+
+def fits(lengths: I64, room: int) -> int:
+    """How many entries, taken in order, fit into `room` bytes with their overhead."""
+    return int(np.searchsorted(np.cumsum(lengths + ENTRY_OVERHEAD), room, side="right"))
+
+
+def pages_touched(payload_end: int, count: int) -> int:
+    """System pages of a segment that hold something."""
+    low = -(-payload_end // PAGE_BYTES)
+    high = -(-count * DIRECTORY_ENTRY_BYTES // PAGE_BYTES)
+    return min(low + high, SEGMENT_BYTES // PAGE_BYTES)
+
+
+_GAP: Final = bytes(CHECK_BYTES)
+
+
+def join_payload(entries: Sequence[bytes | memoryview]) -> bytes:
+    """Entries one after the other, each with room for its check before it."""
+    parts: list[bytes | memoryview] = [_GAP] * (2 * len(entries))
+    parts[1::2] = entries
+    return b"".join(parts)
+
+
+def pack_header(header: Header, directory: U64) -> bytes:
+    """The header of an image, with the checksum of itself and its directory."""
+    return _pack(header, _image_check(_pack(header, 0), directory))
+
+
+def _pack(header: Header, check: int) -> bytes:
+    return HEADER.pack(
+        MAGIC,
+        LAYOUT_VERSION,
+        0,
+        header.codec.encode(),
+        header.sequence,
+        header.age,
+        header.count,
+        header.payload_end,
+        header.group,
+        0,
+        check,
+    )
+
+
+def _image_check(header: bytes, directory: U64) -> int:
+    digest = mmh3_x64_128_digest(header + directory.tobytes())
+    return int.from_bytes(digest[:8], "little")
+
+
+def parse_image(image: memoryview) -> tuple[Header, Directory]:
+    """Header and directory of an image of SEGMENT_BYTES, both checked.
+
+    Raises:
+        LayoutError: this is no image, or header or directory are damaged. The entries may be fine.
+    """
+    (magic, version, _, codec, sequence, age, count, payload_end, group, _, check) = (
+        HEADER.unpack_from(image)
+    )
+    if magic != MAGIC or version != LAYOUT_VERSION:
+        raise LayoutError("no segment image stands here")
+    if not HEADER_BYTES <= payload_end <= SEGMENT_BYTES - count * DIRECTORY_ENTRY_BYTES:
+        raise LayoutError("the header's counts do not fit a segment")
+    words = np.frombuffer(image, np.uint64)[SEGMENT_WORDS - count :][::-1]
+    header = Header(
+        codec=codec.rstrip(b"\0").decode("ascii", "replace"),
+        sequence=sequence,
+        age=age,
+        count=count,
+        payload_end=payload_end,
+        group=group,
+    )
+    if _image_check(_pack(header, 0), words) != check:
+        raise LayoutError("header and directory do not agree with their checksum")
+    return header, parse_directory(words)
+
+
+class ImageBuilder:
+    """Puts an image together from entries that come in several portions."""
+
+    def __init__(self, buffer: memoryview, *, codec: str, sequence: int, group: int) -> None:
+        assert len(buffer) == SEGMENT_BYTES
+        self.buffer: Final = buffer
+        self.sequence: Final = sequence
+        self.codec: Final = codec
+        self.group: Final = group
+        self.age = 0
+        self.payload_end = HEADER_BYTES
+        self.count = 0
+        self._bytes = np.frombuffer(buffer, np.uint8)
+        self._words = np.frombuffer(buffer, np.uint64)
+
+    @property
+    def room(self) -> int:
+        """Bytes left for entries with their overhead."""
+        return SEGMENT_BYTES - self.payload_end - self.count * DIRECTORY_ENTRY_BYTES
+
+    def add(
+        self, numbers: I64, lengths: I64, payload: bytes | bytearray | memoryview, plain: U64
+    ) -> I64:
+        """Append entries that fit (see `fits`); `payload` as of join_payload. Returns offsets."""
+        ends = np.cumsum(lengths + CHECK_BYTES) + self.payload_end
+        offsets = ends - lengths - CHECK_BYTES
+        end = int(ends[-1])
+        assert len(payload) == end - self.payload_end
+        assert len(numbers) * ENTRY_OVERHEAD + int(lengths.sum()) <= self.room
+        self.buffer[self.payload_end : end] = payload
+        put_checks(self._bytes, offsets, salted(plain, numbers, self.sequence))
+        self._append_directory(directory_words(numbers, lengths))
+        self.payload_end = end
+        return offsets
+
+    def round_up(self) -> None:
+        """Begin the next entry on a block: what was written before need not be written again."""
+        gap = -self.payload_end % PAGE_BYTES
+        if not gap:
+            return
+        if gap < CHECK_BYTES:
+            gap += PAGE_BYTES
+        filler = np.array([gap - CHECK_BYTES], np.int64)
+        if gap + DIRECTORY_ENTRY_BYTES > self.room:
+            return
+        self._append_directory(directory_words(np.array([NO_SLOT], np.int64), filler))
+        self.payload_end += gap
+
+    def _append_directory(self, words: U64) -> None:
+        top = SEGMENT_WORDS - self.count
+        self._words[top - len(words) : top] = words[::-1]
+        self.count += len(words)
+
+    def finish(self) -> None:
+        """Write the header over what has been added so far; more may be added and finished."""
+        header = Header(
+            codec=self.codec,
+            sequence=self.sequence,
+            age=self.age,
+            count=self.count,
+            payload_end=self.payload_end,
+            group=self.group,
+        )
+        directory = self._words[SEGMENT_WORDS - self.count :][::-1]
+        self.buffer[:HEADER_BYTES] = pack_header(header, directory)

@@ -1,0 +1,93 @@
+"""A sparse file in memory (memfd), mapped once at its full size and touched on demand.
+
+The swap table and the pool live in such regions: address space costs nothing, pages of it appear at
+the first write and go back with `punch`, and the descriptor can outlive the process.
+
+Invariants:
+- The file is sealed against shrinking: nobody who is handed the descriptor can turn a read of ours
+  into SIGBUS (see memfd_create(2), F_SEAL_SHRINK).
+- It is left out of core dumps: it holds other programs' memory.
+
+This module must not know what stands in a region.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import weakref
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_FALLOC_FL_KEEP_SIZE: Final = 1
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_MLOCK_ONFAULT: Final = 1
+_F_SEAL_GROW: Final = 0x0004
+SYSTEM_PAGE: Final = mmap.PAGESIZE
+
+
+class SharedRegion:
+    """`size` bytes of sparse shared memory; `size` is rounded up to whole pages."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self.size: Final = -(-size // SYSTEM_PAGE) * SYSTEM_PAGE
+        self.fd: Final = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.fd, self.size)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | _F_SEAL_GROW)
+            self._map: Final = mmap.mmap(self.fd, self.size)
+        except OSError:
+            os.close(self.fd)
+            raise
+        # Arrays over the region keep the mapping alive by themselves; the descriptor goes with us.
+        weakref.finalize(self, os.close, self.fd)
+        self._map.madvise(mmap.MADV_DONTDUMP)
+        self.view: Final = memoryview(self._map)
+
+    def bytes_array(self) -> npt.NDArray[np.uint8]:
+        """The whole region as bytes, shape (size,); shares its memory."""
+        return np.frombuffer(self._map, np.uint8)
+
+    def words_array(self) -> npt.NDArray[np.uint64]:
+        """The whole region as words, shape (size/8,); shares its memory."""
+        return np.frombuffer(self._map, np.uint64)
+
+    def punch(self, offset: int, length: int) -> None:
+        """Give whole pages back to the system; they read as zeros from then on.
+
+        Raises:
+            OSError: the kernel refused; the bytes are what they were.
+        """
+        result = _LIBC.fallocate(
+            self.fd,
+            _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE,
+            ctypes.c_long(offset),
+            ctypes.c_long(length),
+        )
+        if result != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"punching {length} bytes at {offset}: {os.strerror(code)}")
+
+    def lock(self) -> None:
+        """Keep pages of the region in RAM, each from its first touch on (MLOCK_ONFAULT).
+
+        Locking it whole would fill it: the region is as large as the limit could ever be.
+
+        Raises:
+            OSError: RLIMIT_MEMLOCK is below the region's size, or the kernel refused.
+        """
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        result = _LIBC.mlock2(ctypes.c_void_p(address), ctypes.c_size_t(self.size), _MLOCK_ONFAULT)
+        if result != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"locking {self.size} bytes in memory: {os.strerror(code)}")
+
+    @property
+    def resident_bytes(self) -> int:
+        """What the region really occupies, as the system counts it."""
+        return os.fstat(self.fd).st_blocks * 512

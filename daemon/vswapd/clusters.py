@@ -1,0 +1,223 @@
+"""Who owns which slots: clusters of 512, their generations, and the slot ids made of them.
+
+    slot id (u64):  shard:8 | cluster generation:16 | slot number:40     (most significant first)
+
+A cluster belongs to one space from its first slot to its last. When its last slot is freed its
+generation rises and its page of table goes back, so ids of the old generation are wrong for ever;
+a cluster whose generations are used up is retired instead of starting again.
+
+Invariants:
+- owner[c] is 0 exactly when no slot of c is allocated; used[c] counts the allocated ones.
+- A number below `limit` has a cluster that was handed out at some time.
+
+This module must not know what stands behind a slot: it asks the table only which words are FREE.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vswapd.errors import BadSlotError, DuplicateSlotError, NoSlotsError
+from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, SwapTable
+from vswapd_backends.base import I64, U64
+
+U32 = npt.NDArray[np.uint32]
+
+_NUMBER_BITS: Final = 40
+_NUMBER_MASK: Final = (1 << _NUMBER_BITS) - 1
+_PREFIX_MASK: Final = (1 << 24) - 1
+_GENERATIONS: Final = (1 << 16) - 1
+"""How often a cluster is handed out: generations 1 to 65535."""
+_HINT: Final = "only slots that this space was given, and has not freed, can be used"
+
+
+@dataclass(slots=True)
+class SlotSet:
+    """The clusters of one space."""
+
+    owner: int
+    """The space's number; not 0."""
+    partial: dict[int, None] = field(default_factory=dict)
+    """Clusters with a FREE slot, in the order in which they became so (a dict: an ordered set)."""
+    clusters: set[int] = field(default_factory=set)
+    slots: int = 0
+
+
+class Clusters:
+    """Hands out slots, takes them back, and tells ids from impostors. All in batches."""
+
+    def __init__(self, table: SwapTable, shard: int = 0) -> None:
+        self._table = table
+        total = table.max_slots >> CLUSTER_SHIFT
+        self.total: Final = total
+        self._generation = np.zeros(total, np.uint16)
+        self._owner = np.zeros(total, np.uint32)
+        self._used = np.zeros(total, np.uint16)
+        # What an id of the cluster begins with: shard, and generation counted from 1, so that
+        # 0 matches no id and an untouched entry costs no memory.
+        self._prefix = np.zeros(total, np.int32)
+        self._shard = shard
+        self._limit = 0
+        self._free: list[int] = []
+        self.retired = 0
+        self.in_use = 0
+
+    def ids_of(self, numbers: I64) -> U64:
+        """The ids of allocated slots; shape (n,)."""
+        prefix = self._prefix[numbers >> CLUSTER_SHIFT].astype(np.int64)
+        return ((prefix << _NUMBER_BITS) | numbers).view(np.uint64)
+
+    def resolve(self, owner: int, ids: U64) -> I64:
+        """Slot numbers for ids of one space; whether the slots are FREE is not looked at.
+
+        Raises:
+            BadSlotError: ids of another space, a freed cluster, or none at all.
+        """
+        signed = ids.view(np.int64)
+        numbers = signed & _NUMBER_MASK
+        clusters = numbers >> CLUSTER_SHIFT
+        if len(ids) and int(clusters.max()) >= self._limit:
+            clusters = np.where(clusters < self._limit, clusters, 0)
+            known = (numbers >> CLUSTER_SHIFT) == clusters
+        else:
+            known = None
+        good = (self._prefix[clusters] == ((signed >> _NUMBER_BITS) & _PREFIX_MASK)) & (
+            self._owner[clusters] == owner
+        )
+        if known is not None:
+            good &= known
+        if not good.all():
+            raise bad_slots(ids[~good])
+        return numbers
+
+    def allocate(self, slots: SlotSet, count: int) -> I64:
+        """`count` FREE slots for a space, ascending where it can be; their words are still FREE.
+
+        The caller writes a word that is not FREE for each before the next call.
+
+        Raises:
+            NoSlotsError: fewer than `count` are left; nothing is allocated.
+        """
+        self.ensure(slots, count)
+        parts: list[I64] = []
+        missing = count
+        words = self._table.words
+        for cluster in list(slots.partial):
+            if not missing:
+                break
+            first = cluster << CLUSTER_SHIFT
+            free = np.flatnonzero(words[first : first + CLUSTER_SLOTS] == 0)[:missing] + first
+            missing -= self._claim(slots, cluster, free, parts)
+        while missing:
+            cluster = self._open(slots)
+            first = cluster << CLUSTER_SHIFT
+            missing -= self._claim(
+                slots, cluster, np.arange(first, first + min(missing, CLUSTER_SLOTS)), parts
+            )
+        slots.slots += count
+        return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int64)])
+
+    def ensure(self, slots: SlotSet, count: int) -> None:
+        """Check that `count` slots could be allocated.
+
+        Raises:
+            NoSlotsError: they could not.
+        """
+        spare = (self.total - self._limit + len(self._free)) * CLUSTER_SLOTS
+        if count <= spare:
+            return
+        partial = np.fromiter(slots.partial, np.int64, len(slots.partial))
+        spare += int((CLUSTER_SLOTS - self._used[partial].astype(np.int64)).sum())
+        if count > spare:
+            raise NoSlotsError(
+                f"the swap table has room for {spare} more slots here, {count} are wanted: "
+                "free some, or raise table.max_slots"
+            )
+
+    def release(self, slots: SlotSet, numbers: I64) -> None:
+        """Take back slots whose words have just been made FREE; distinct, shape (n,)."""
+        clusters, counts = np.unique(numbers >> CLUSTER_SHIFT, return_counts=True)
+        before = self._used[clusters]
+        after = before - counts.astype(np.uint16)
+        self._used[clusters] = after
+        slots.slots -= len(numbers)
+        empty = clusters[after == 0]
+        for cluster in clusters[(before == CLUSTER_SLOTS) & (after > 0)].tolist():
+            slots.partial[cluster] = None
+        if len(empty):
+            self._retire_or_reuse(slots, empty)
+
+    def _claim(self, slots: SlotSet, cluster: int, numbers: I64, parts: list[I64]) -> int:
+        parts.append(numbers)
+        used = int(self._used[cluster]) + len(numbers)
+        self._used[cluster] = used
+        if used == CLUSTER_SLOTS:
+            slots.partial.pop(cluster, None)
+        return len(numbers)
+
+    def _open(self, slots: SlotSet) -> int:
+        if self._free:
+            cluster = self._free.pop()
+        else:
+            cluster = self._limit
+            self._limit += 1
+        self._owner[cluster] = slots.owner
+        self._prefix[cluster] = (self._shard << 16) | (int(self._generation[cluster]) + 1)
+        slots.partial[cluster] = None
+        slots.clusters.add(cluster)
+        self.in_use += 1
+        return cluster
+
+    def _retire_or_reuse(self, slots: SlotSet, clusters: I64) -> None:
+        self._owner[clusters] = 0
+        self._prefix[clusters] = 0
+        for cluster in clusters.tolist():
+            slots.partial.pop(cluster, None)
+            slots.clusters.discard(cluster)
+            generation = int(self._generation[cluster]) + 1
+            if generation == _GENERATIONS:
+                self.retired += 1
+            else:
+                self._generation[cluster] = generation
+                self._free.append(cluster)
+        self.in_use -= len(clusters)
+        self._table.give_back(clusters)
+
+    def owners_of(self, numbers: I64) -> U32:
+        """The spaces' numbers that n slots belong to; 0 for slots of no cluster."""
+        return self._owner[numbers >> CLUSTER_SHIFT]
+
+    @property
+    def used_limit(self) -> int:
+        """No slot number at or above this was ever handed out."""
+        return self._limit << CLUSTER_SHIFT
+
+    def used_counts(self) -> I64:
+        """Allocated slots per cluster, shape (limit,)."""
+        return self._used[: self._limit].astype(np.int64)
+
+
+def bad_slots(ids: U64) -> BadSlotError:
+    """The error for ids that are not the caller's, naming the first of them."""
+    return BadSlotError(f"{len(ids)} bad slot(s), first {int(ids[0]):#x}: {_HINT}", ids)
+
+
+def refuse_duplicates(ids: U64) -> None:
+    """Raise if a slot stands twice in one folio.
+
+    Raises:
+        DuplicateSlotError: with each slot that does.
+    """
+    if len(ids) < 2:  # noqa: PLR2004 - one slot has no double
+        return
+    ordered = np.sort(ids)
+    same = ordered[1:] == ordered[:-1]
+    if same.any():
+        twice = np.unique(ordered[1:][same])
+        raise DuplicateSlotError(
+            f"slot {int(twice[0]):#x} stands twice in one request: each slot once", twice
+        )

@@ -1,0 +1,149 @@
+"""The swap table: one tagged word per slot, in sparse shared memory.
+
+    tag:3 | referenced:1 | length:13 | offset:18 | number:29      (least significant first)
+
+`number` is a segment's for ZSWAP and an extent's for PHYS; FREE, UNBACKED and ZERO carry no place.
+Because the offset stands right under the number, `word >> 17` is the entry's address in an arena
+of segments. Helpers come in threes: make a word, ask its tag, take its fields; all of them work on
+whole batches (arrays of shape (n,)).
+
+Invariants:
+- A word of 0 is FREE: an untouched table is an empty table, and a punched page of it too.
+- A word is written after the bytes that it names, in one aligned 8-byte store.
+- One cluster is 512 words, exactly one page; freeing a cluster gives that page back.
+
+The table must not know spaces, backends, or what a number refers to. The layout follows
+mm/swap_table.h of Linux (one tagged word per entry), which also has the helpers in threes.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Final
+
+import numpy as np
+
+from vswapd_backends.base import I64, U64, Places
+from vswapd_backends.shared import SharedRegion
+
+TAG_BITS: Final = 3
+LENGTH_SHIFT: Final = 4
+OFFSET_SHIFT: Final = 17
+NUMBER_SHIFT: Final = 35
+NUMBER_BITS: Final = 29
+WORD_BYTES: Final = 8
+CLUSTER_SLOTS: Final = 512
+CLUSTER_SHIFT: Final = 9
+
+_TAG_MASK: Final = np.uint64(0b111)
+_REFERENCED: Final = np.uint64(0b1000)
+_LENGTH_MASK: Final = np.uint64((1 << 13) - 1)
+_OFFSET_MASK: Final = np.uint64((1 << 18) - 1)
+_LENGTH_SHIFT: Final = np.uint64(LENGTH_SHIFT)
+_OFFSET_SHIFT: Final = np.uint64(OFFSET_SHIFT)
+_NUMBER_SHIFT: Final = np.uint64(NUMBER_SHIFT)
+
+
+class Tag(IntEnum):
+    """What stands behind a slot."""
+
+    FREE = 0
+    UNBACKED = 1
+    """Allocated, but without content: its last store was rejected."""
+    ZERO = 2
+    ZSWAP = 3
+    PHYS = 4
+
+
+FREE_WORD: Final = np.uint64(Tag.FREE)
+UNBACKED_WORD: Final = np.uint64(Tag.UNBACKED)
+ZERO_WORD: Final = np.uint64(Tag.ZERO)
+TAGS: Final = 1 << TAG_BITS
+
+
+def make_words(tag: Tag, places: Places) -> U64:
+    """Words of `tag` (ZSWAP or PHYS) for n places, not referenced; shape (n,)."""
+    assert tag in (Tag.ZSWAP, Tag.PHYS)
+    words = places.number << NUMBER_SHIFT
+    words |= places.offset << OFFSET_SHIFT
+    words |= places.length << LENGTH_SHIFT
+    words |= int(tag)
+    return words.view(np.uint64)
+
+
+def tags_of(words: U64) -> I64:
+    """The tags of n words, shape (n,), as int64 (ready for bincount)."""
+    return (words & _TAG_MASK).view(np.int64)
+
+
+def all_tagged(words: U64, tag: Tag) -> bool:
+    """Whether every word has this tag; looks at each of them, not at the first."""
+    return bool(((words & _TAG_MASK) == tag).all())
+
+
+def places_of(words: U64) -> Places:
+    """The places of n ZSWAP or PHYS words."""
+    return Places(
+        (words >> _NUMBER_SHIFT).view(np.int64),
+        ((words >> _OFFSET_SHIFT) & _OFFSET_MASK).view(np.int64),
+        ((words >> _LENGTH_SHIFT) & _LENGTH_MASK).view(np.int64),
+    )
+
+
+def lengths_of(words: U64) -> I64:
+    """Compressed lengths of n ZSWAP or PHYS words; 0 for all others."""
+    return ((words >> _LENGTH_SHIFT) & _LENGTH_MASK).view(np.int64)
+
+
+def addresses_of(words: U64) -> I64:
+    """number * 256 KiB + offset of n words: where their entries begin in an arena of segments."""
+    return (words >> _OFFSET_SHIFT).view(np.int64)
+
+
+def referenced(words: U64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    """Which of n words were loaded since somebody looked."""
+    return (words & _REFERENCED) != 0
+
+
+def with_reference(words: U64) -> U64:
+    """The same words, marked as loaded."""
+    return words | _REFERENCED
+
+
+def without_reference(words: U64) -> U64:
+    """The same words, unmarked: what a place is compared by."""
+    return words & ~_REFERENCED
+
+
+class SwapTable:
+    """`max_slots` words. Reading and writing goes through `words`, by arrays of slot numbers."""
+
+    def __init__(self, max_slots: int) -> None:
+        assert max_slots % CLUSTER_SLOTS == 0
+        self.max_slots: Final = max_slots
+        self.region: Final = SharedRegion("vswapd-table", max_slots * WORD_BYTES)
+        self.words: Final[U64] = self.region.words_array()
+
+    def give_back(self, clusters: I64) -> None:
+        """Return the pages of clusters whose words are all FREE; shape (k,), any order."""
+        for first, count in runs(clusters):
+            assert not self.words[first << CLUSTER_SHIFT : (first + count) << CLUSTER_SHIFT].any()
+            self.region.punch(
+                first * CLUSTER_SLOTS * WORD_BYTES, count * CLUSTER_SLOTS * WORD_BYTES
+            )
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory that the table takes: nothing when empty, 8 bytes per slot when full."""
+        return self.region.resident_bytes
+
+
+def runs(numbers: I64) -> list[tuple[int, int]]:
+    """Distinct numbers as (first, count) of neighbouring ones, ascending."""
+    ordered = np.unique(numbers)
+    if not len(ordered):
+        return []
+    breaks = np.flatnonzero(np.diff(ordered) != 1) + 1
+    firsts = ordered[np.concatenate(([0], breaks))].tolist()
+    counts = np.diff(np.concatenate(([0], breaks, [len(ordered)]))).tolist()
+    return list(zip(firsts, counts, strict=True))

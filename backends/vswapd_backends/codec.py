@@ -72,11 +72,10 @@ class Lz4:
         """See Codec."""
         compress = lz4.block.compress
         if not self._level:
-            # Positional arguments (mode, acceleration, compression, store_size): keywords cost
-            # 0.1 us a page.
-            return [compress(page, "default", 1, 0, False) for page in pages]  # noqa: FBT003
+            # Positional (mode, store_size, acceleration, compression): keywords cost 0.1 us a page.
+            return [compress(page, "default", False) for page in pages]
         level = self._level
-        return [compress(page, "high_compression", 1, level, False) for page in pages]  # noqa: FBT003
+        return [compress(page, "high_compression", False, 1, level) for page in pages]
 
     def decompress(self, entries: Sequence[Buffer]) -> list[bytes]:
         """See Codec."""

@@ -24,8 +24,8 @@ percent more; 0.07 us per page against 0.16 (or-reduce) and 0.23 (any) for looki
 def zero_pages(words: U64) -> npt.NDArray[np.bool_]:
     """Which pages are all zero; `words` has shape (n, 512), the result (n,)."""
     assert words.shape[1] == _PAGE_WORDS
-    zero = ~words[:, ::_SAMPLE].any(axis=1)
+    zero: npt.NDArray[np.bool_] = np.logical_not(words[:, ::_SAMPLE].any(axis=1))
     candidates = np.flatnonzero(zero)
     if len(candidates):
-        zero[candidates] = ~words[candidates].any(axis=1)
+        zero[candidates] = np.logical_not(words[candidates].any(axis=1))
     return zero

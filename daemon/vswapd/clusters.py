@@ -69,7 +69,8 @@ class Clusters:
     def ids_of(self, numbers: I64) -> U64:
         """The ids of allocated slots; shape (n,)."""
         prefix = self._prefix[numbers >> CLUSTER_SHIFT].astype(np.int64)
-        return ((prefix << _NUMBER_BITS) | numbers).view(np.uint64)
+        ids: I64 = (prefix << _NUMBER_BITS) | numbers
+        return ids.view(np.uint64)
 
     def resolve(self, owner: int, ids: U64) -> I64:
         """Slot numbers for ids of one space; whether the slots are FREE is not looked at.
@@ -189,16 +190,25 @@ class Clusters:
 
     def owners_of(self, numbers: I64) -> U32:
         """The spaces' numbers that n slots belong to; 0 for slots of no cluster."""
-        return self._owner[numbers >> CLUSTER_SHIFT]
+        owners: U32 = self._owner[numbers >> CLUSTER_SHIFT]
+        return owners
 
-    @property
-    def used_limit(self) -> int:
-        """No slot number at or above this was ever handed out."""
-        return self._limit << CLUSTER_SHIFT
+    def open_clusters(self) -> I64:
+        """Clusters with allocated slots, ascending.
 
-    def used_counts(self) -> I64:
-        """Allocated slots per cluster, shape (limit,)."""
-        return self._used[: self._limit].astype(np.int64)
+        Only their words may be looked at: reading a page of table that was given back brings it
+        back.
+        """
+        return np.flatnonzero(self._owner[: self._limit])
+
+    def used_counts(self, clusters: I64) -> I64:
+        """Allocated slots of each of these clusters."""
+        return self._used[clusters].astype(np.int64)
+
+
+def slots_of(clusters: I64) -> I64:
+    """The slot numbers of clusters, in order; shape (k * 512,)."""
+    return ((clusters << CLUSTER_SHIFT)[:, None] + np.arange(CLUSTER_SLOTS)).ravel()
 
 
 def bad_slots(ids: U64) -> BadSlotError:

@@ -22,6 +22,7 @@ from enum import IntEnum
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vswapd_backends.base import I64, U64, Places
 from vswapd_backends.shared import SharedRegion
@@ -96,18 +97,24 @@ def lengths_of(words: U64) -> I64:
 
 
 def addresses_of(words: U64) -> I64:
-    """number * 256 KiB + offset of n words: where their entries begin in an arena of segments."""
+    """Number * 256 KiB + offset of n words: where their entries begin in an arena of segments."""
     return (words >> _OFFSET_SHIFT).view(np.int64)
 
 
-def referenced(words: U64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+def referenced(words: U64) -> npt.NDArray[np.bool_]:
     """Which of n words were loaded since somebody looked."""
-    return (words & _REFERENCED) != 0
+    marked: npt.NDArray[np.bool_] = (words & _REFERENCED) != 0
+    return marked
 
 
 def with_reference(words: U64) -> U64:
     """The same words, marked as loaded."""
     return words | _REFERENCED
+
+
+def reference_bits(words: U64) -> U64:
+    """Only the reference bits of n words, in their place."""
+    return words & _REFERENCED
 
 
 def without_reference(words: U64) -> U64:

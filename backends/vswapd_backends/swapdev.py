@@ -1,0 +1,390 @@
+"""The physical backend: segment images in extents of swap devices.
+
+    extent number (29 bits): device:5 | extent:24
+
+Invariants:
+- `live_bytes` and `live_entries` of an extent count the entries that table words name.
+- An extent whose last live entry went, and that is neither pinned nor being filled, is first
+  discarded and only then handed out again: a discard that is still under way cannot hit new data.
+- Extents are handed out by the device of the highest priority that has one, and never by one that
+  is draining. An extent that failed a write is not used again.
+- One extent per device is kept in reserve for moving live entries together (`take(reserve=True)`).
+
+This module performs no I/O: it makes requests and reads their outcomes. It must not know slots'
+owners, limits, or why something is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from vswapd_backends.base import (
+    I64,
+    SEGMENT_BYTES,
+    IoBatch,
+    IoKind,
+    IoRequest,
+    Operation,
+    Places,
+)
+from vswapd_backends.segment import CHECK_BYTES, ENTRY_OVERHEAD, digests, salted
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, BlockDevice
+from vswapd_blockdev.extents import ExtentMap
+
+EXTENT_BITS: Final = 24
+EXTENT_MASK: Final = (1 << EXTENT_BITS) - 1
+MAX_DEVICES: Final = 1 << 5
+assert EXTENT_BYTES == SEGMENT_BYTES
+
+
+@dataclass(slots=True)
+class SwapDevice:
+    """One device in use, and what is known of each of its extents."""
+
+    index: int
+    device: BlockDevice
+    priority: int
+    map: ExtentMap
+    live_bytes: I64
+    live_entries: I64
+    sequence: I64
+    pool: I64
+    group: I64
+    pins: I64
+    draining: bool = False
+    read_errors: int = 0
+    write_errors: int = 0
+    discards: list[int] = field(default_factory=list)
+    """Extents that wait for their discard."""
+    discarding: int = 0
+
+    @property
+    def state(self) -> str:
+        """`on`, `draining`, or `failing` once a read or write has failed."""
+        if self.draining:
+            return "draining"
+        return "failing" if self.read_errors or self.write_errors else "on"
+
+    @property
+    def used(self) -> int:
+        """Extents that hold something."""
+        return self.map.used - len(self.discards) - self.discarding
+
+    def number_of(self, extent: int) -> int:
+        """The number that table words carry."""
+        return (self.index << EXTENT_BITS) | extent
+
+
+@dataclass(slots=True)
+class ReadPlan:
+    """Reads that together bring n entries, and where each entry will be found."""
+
+    requests: list[IoRequest]
+    which: I64
+    """Per entry: index of its request."""
+    start: I64
+    """Per entry: offset of its check in the request's bytes."""
+    places: Places
+
+
+class SwapDevices:
+    """All devices. Slots' words name extents by number; `device_of` finds the way back."""
+
+    def __init__(self) -> None:
+        self._devices: list[SwapDevice | None] = []
+
+    def __iter__(self) -> Iterator[SwapDevice]:
+        return iter(self.by_priority())
+
+    def by_priority(self) -> list[SwapDevice]:
+        """Devices in use, highest priority first, then in the order of swapon."""
+        found = [device for device in self._devices if device is not None]
+        return sorted(found, key=lambda device: -device.priority)
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a device that may take pages."""
+        return any(d is not None and not d.draining for d in self._devices)
+
+    def add(self, device: BlockDevice, priority: int) -> SwapDevice | None:
+        """Attach a device; None if there are MAX_DEVICES already."""
+        try:
+            index = self._devices.index(None)
+        except ValueError:
+            if len(self._devices) == MAX_DEVICES:
+                return None
+            index = len(self._devices)
+            self._devices.append(None)
+        extents = min(device.extents, EXTENT_MASK)
+        entry = SwapDevice(
+            index=index,
+            device=device,
+            priority=priority,
+            map=ExtentMap(extents),
+            live_bytes=_zeros(extents),
+            live_entries=_zeros(extents),
+            sequence=_zeros(extents),
+            pool=_zeros(extents),
+            group=_zeros(extents),
+            pins=_zeros(extents),
+        )
+        self._devices[index] = entry
+        return entry
+
+    def remove(self, entry: SwapDevice) -> None:
+        """Forget a device on which nothing lives."""
+        assert not entry.live_entries.any()
+        assert not entry.pins.any()
+        self._devices[entry.index] = None
+
+    def find(self, path: str) -> SwapDevice | None:
+        """The device of that path."""
+        return next((d for d in self._devices if d is not None and d.device.path == path), None)
+
+    def device_of(self, number: int) -> tuple[SwapDevice, int]:
+        """Device and extent that a number names."""
+        entry = self._devices[number >> EXTENT_BITS]
+        assert entry is not None
+        return entry, number & EXTENT_MASK
+
+    # Extents
+
+    def take(self, pool: int, group: int, sequence: int, *, reserve: bool = False) -> int | None:
+        """A free extent's number, pinned once; None if no device has one.
+
+        The pin belongs to whoever fills the extent: until it is undone the extent stays, empty or
+        not.
+        """
+        for entry in self.by_priority():
+            if entry.draining or entry.map.free <= (0 if reserve else 1):
+                continue
+            extent = entry.map.take()
+            if extent is None:
+                continue
+            entry.sequence[extent] = sequence
+            entry.pool[extent] = pool
+            entry.group[extent] = group
+            entry.pins[extent] = 1
+            return entry.number_of(extent)
+        return None
+
+    @property
+    def free_extents(self) -> int:
+        """Extents that `take` could hand out, those that wait for their discard included."""
+        return sum(
+            max(0, d.map.free + len(d.discards) + d.discarding - 1)
+            for d in self._devices
+            if d is not None and not d.draining
+        )
+
+    def pin(self, number: int) -> None:
+        """Keep an extent's bytes as they are while somebody reads or writes them."""
+        entry, extent = self.device_of(number)
+        entry.pins[extent] += 1
+
+    def unpin(self, number: int) -> None:
+        """Undo one pin; an extent in which nothing lives goes to be discarded."""
+        entry, extent = self.device_of(number)
+        assert entry.pins[extent] > 0
+        entry.pins[extent] -= 1
+        self._maybe_discard(entry, extent)
+
+    def fail(self, number: int) -> None:
+        """A write to this extent failed: count it, and never hand the extent out again."""
+        entry, extent = self.device_of(number)
+        entry.write_errors += 1
+        entry.map.mark_bad(extent)
+
+    def is_filling(self, number: int) -> bool:
+        """Whether somebody has the extent pinned to write into it, and nothing lives in it yet."""
+        entry, extent = self.device_of(number)
+        return bool(entry.pins[extent]) and not entry.live_entries[extent]
+
+    def _maybe_discard(self, entry: SwapDevice, extent: int) -> None:
+        if not entry.live_entries[extent] and not entry.pins[extent]:
+            entry.discards.append(extent)
+
+    def discard(self) -> Operation[int]:
+        """Discard what was given up and make it free; returns how many extents that were."""
+        batches: list[tuple[SwapDevice, list[int]]] = []
+        requests: list[IoRequest] = []
+        for entry in self._devices:
+            if entry is None or not entry.discards:
+                continue
+            extents, entry.discards = sorted(entry.discards), []
+            entry.discarding += len(extents)
+            batches.append((entry, extents))
+            requests += [
+                IoRequest(IoKind.DISCARD, entry.device, first, 0, count)
+                for first, count in _runs(extents)
+            ]
+        if not requests:
+            return 0
+        try:
+            yield IoBatch(requests)
+        finally:
+            for entry, extents in batches:
+                entry.discarding -= len(extents)
+                for extent in extents:
+                    entry.map.give(extent)
+        return sum(len(extents) for _, extents in batches)
+
+    @property
+    def discards_waiting(self) -> bool:
+        """Whether `discard` has something to do."""
+        return any(d is not None and d.discards for d in self._devices)
+
+    # Entries
+
+    def keep(self, number: int, entries: int, length: int) -> None:
+        """Entries of an extent that words name from now on."""
+        entry, extent = self.device_of(number)
+        entry.live_entries[extent] += entries
+        entry.live_bytes[extent] += length
+
+    def give_up(self, places: Places) -> None:
+        """Entries that no word names any more."""
+        for index in np.unique(places.number >> EXTENT_BITS).tolist():
+            entry = self._devices[index]
+            assert entry is not None
+            which = (places.number >> EXTENT_BITS) == index
+            extents = places.number[which] & EXTENT_MASK
+            np.subtract.at(entry.live_bytes, extents, places.length[which])
+            np.subtract.at(entry.live_entries, extents, 1)
+            for extent in np.unique(extents[entry.live_entries[extents] == 0]).tolist():
+                self._maybe_discard(entry, extent)
+
+    # Reading
+
+    def plan_reads(self, places: Places) -> ReadPlan:
+        """Reads for n entries, whole blocks, neighbours in one. Pins each extent that is read."""
+        first = places.number * SEGMENT_BYTES + places.offset // BLOCK_BYTES * BLOCK_BYTES
+        end = places.offset + CHECK_BYTES + places.length
+        last = places.number * SEGMENT_BYTES + -(-end // BLOCK_BYTES) * BLOCK_BYTES
+        order = np.lexsort((first, places.number))
+        furthest = np.maximum.accumulate(last[order])
+        fresh = np.ones(len(order), np.bool_)
+        fresh[1:] = (first[order][1:] > furthest[:-1]) | (np.diff(places.number[order]) != 0)
+        heads = np.flatnonzero(fresh)
+        firsts = first[order][heads]
+        lasts = furthest[np.append(heads[1:], len(order)) - 1]
+        which = np.empty(len(order), np.int64)
+        which[order] = np.cumsum(fresh) - 1
+        requests = []
+        for begin, finish in zip(firsts.tolist(), lasts.tolist(), strict=True):
+            number = begin // SEGMENT_BYTES
+            entry, extent = self.device_of(number)
+            entry.pins[extent] += 1
+            requests.append(
+                IoRequest(IoKind.READ, entry.device, extent, begin % SEGMENT_BYTES, finish - begin)
+            )
+        start = places.number * SEGMENT_BYTES + places.offset - firsts[which]
+        return ReadPlan(requests, which, start, places)
+
+    def collect(self, plan: ReadPlan, numbers: I64) -> list[memoryview | None]:
+        """The entries of a plan whose reads are done: None where read or check failed. Unpins."""
+        device_numbers = [self._number_of(request) for request in plan.requests]
+        for request, number in zip(plan.requests, device_numbers, strict=True):
+            if request.error is not None:
+                self.device_of(number)[0].read_errors += 1
+        found: list[memoryview | None] = []
+        ends = plan.start + CHECK_BYTES + plan.places.length
+        for index, start, end in zip(
+            plan.which.tolist(), plan.start.tolist(), ends.tolist(), strict=True
+        ):
+            result = plan.requests[index].result
+            found.append(None if result is None else result[start:end])
+        entries = self._checked(found, plan.places, numbers)
+        for number in device_numbers:
+            self.unpin(number)
+        return entries
+
+    def abandon(self, plan: ReadPlan) -> None:
+        """Let go of a plan whose reads nobody waits for any more."""
+        for request in plan.requests:
+            self.unpin(self._number_of(request))
+
+    def _number_of(self, request: IoRequest) -> int:
+        entry = next(d for d in self._devices if d is not None and d.device is request.device)
+        return entry.number_of(request.extent)
+
+    def _checked(
+        self, found: Sequence[memoryview | None], places: Places, numbers: I64
+    ) -> list[memoryview | None]:
+        """Strip the checks; an entry that does not agree with its own becomes None."""
+        present = [i for i, entry in enumerate(found) if entry is not None]
+        if not present:
+            return list(found)
+        views = [entry for entry in found if entry is not None]
+        checks = np.frombuffer(b"".join(v[:CHECK_BYTES] for v in views), np.uint64)
+        bodies = [v[CHECK_BYTES:] for v in views]
+        plain = digests(bodies)
+        entries: list[memoryview | None] = [None] * len(found)
+        sequences = self.sequences_of(places.number[present])
+        for sequence in np.unique(sequences).tolist():
+            mine = np.flatnonzero(sequences == sequence)
+            index = np.array(present)[mine]
+            good = salted(checks[mine], numbers[index], sequence) == plain[mine]
+            for position in mine[good].tolist():
+                entries[present[position]] = bodies[position]
+        return entries
+
+    def sequences_of(self, numbers: I64) -> I64:
+        """The sequence numbers of the images in n extents."""
+        return self._column("sequence", numbers)
+
+    def pools_of(self, numbers: I64) -> I64:
+        """The pool indices (codecs) of n extents."""
+        return self._column("pool", numbers)
+
+    def _column(self, name: str, numbers: I64) -> I64:
+        result = np.empty(len(numbers), np.int64)
+        for index in np.unique(numbers >> EXTENT_BITS).tolist():
+            entry = self._devices[index]
+            which = (numbers >> EXTENT_BITS) == index
+            result[which] = getattr(entry, name)[numbers[which] & EXTENT_MASK]
+        return result
+
+    @property
+    def live_bytes(self) -> int:
+        """Compressed bytes that words name on all devices."""
+        return sum(int(d.live_bytes.sum()) for d in self._devices if d is not None)
+
+
+def image_writes(
+    device: BlockDevice, extent: int, image: memoryview, payload_end: int, count: int
+) -> list[IoRequest]:
+    """The writes that put an image on a device: all of it, or its two ends if that saves a lot."""
+    low = -(-payload_end // BLOCK_BYTES) * BLOCK_BYTES
+    high = (SEGMENT_BYTES - count * 8) // BLOCK_BYTES * BLOCK_BYTES
+    if high - low < SEGMENT_BYTES // 16:
+        return [IoRequest(IoKind.WRITE, device, extent, 0, SEGMENT_BYTES, image)]
+    return [
+        IoRequest(IoKind.WRITE, device, extent, 0, low, image[:low]),
+        IoRequest(IoKind.WRITE, device, extent, high, SEGMENT_BYTES - high, image[high:]),
+    ]
+
+
+def footprint(entry: SwapDevice, extents: I64) -> I64:
+    """Bytes that the live entries of extents need in an image."""
+    need: I64 = entry.live_bytes[extents] + ENTRY_OVERHEAD * entry.live_entries[extents]
+    return need
+
+
+def _zeros(count: int) -> I64:
+    return np.zeros(count, np.int64)
+
+
+def _runs(ordered: list[int]) -> list[tuple[int, int]]:
+    """Ascending distinct numbers as (first, count) of neighbouring ones."""
+    found: list[tuple[int, int]] = []
+    for number in ordered:
+        if found and sum(found[-1]) == number:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((number, 1))
+    return found

@@ -1,0 +1,453 @@
+"""The zswap backend: compressed pages in RAM, appended to logs, oldest first out.
+
+A *stream* is one pool's log for one group: it has at most one open segment, to which entries are
+appended; full segments are sealed and numbered by age. So each group's oldest pages are known, and
+a group over its limit pays with its own.
+
+Invariants:
+- `live_bytes[s]` and `live_entries[s]` count the entries of segment s that table words name; who
+  publishes or gives up a word says so here (`keep`, `give_up`).
+- A segment whose last live entry went is returned at once, unless it is pinned: a pinned segment's
+  place numbers cannot come to mean something else while its writeback runs.
+- A sealed segment never changes again, except that its entries die.
+
+This module must not know slots' owners, devices, or why entries move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, U64, Places
+from vswapd_backends.codec import Codec, CorruptError, codec_from_spec
+from vswapd_backends.segment import (
+    CAPACITY,
+    CHECK_BYTES,
+    ENTRY_OVERHEAD,
+    SEGMENT_WORDS,
+    Directory,
+    ImageBuilder,
+    digests,
+    fits,
+    get_checks,
+    join_payload,
+    parse_directory,
+    salted,
+)
+from vswapd_backends.zpool import ZPool
+
+_NEVER: Final = np.iinfo(np.int64).max
+_TWO_PAGES: Final = 2 * PAGE_BYTES
+
+
+@dataclass(slots=True)
+class Pool:
+    """The entries of one codec."""
+
+    index: int
+    codec: Codec
+    entries: int = 0
+    live_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """n pages in compressed form, on their way into a log or onto a device."""
+
+    pool: int
+    entries: Sequence[bytes | memoryview]
+    lengths: I64
+    plain: U64
+    """Unsalted digests of the entries."""
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Sum of the lengths."""
+        return int(self.lengths.sum())
+
+    def slice(self, first: int, last: int) -> Compressed:
+        """Entries first to last - 1."""
+        if first == 0 and last == len(self.entries):
+            return self
+        return Compressed(
+            self.pool, self.entries[first:last], self.lengths[first:last], self.plain[first:last]
+        )
+
+
+Stream = tuple[int, int]
+"""(pool index, group index)"""
+
+
+class Zswap:
+    """All pools, their streams, and the segments that these are made of."""
+
+    def __init__(self, arena: ZPool, codec: str) -> None:
+        self.arena: Final = arena
+        self.pools: list[Pool] = []
+        self._by_spec: dict[str, Pool] = {}
+        self._sequence = 0
+        self._open: dict[Stream, tuple[int, ImageBuilder]] = {}
+        shape = arena.segments
+        self.live_bytes: Final[I64] = np.zeros(shape, np.int64)
+        self.live_entries: Final[I64] = np.zeros(shape, np.int64)
+        # Ages of free segments are _NEVER. Set lazily, so that the array costs nothing up front:
+        # what is at or above arena.limit is not looked at.
+        self._age: Final[I64] = np.zeros(shape, np.int64)
+        self._stamp = np.zeros(shape, np.float64)
+        self._sequences: Final[I64] = np.zeros(shape, np.int64)
+        self._count: Final[I64] = np.zeros(shape, np.int64)
+        self._pool: Final[I64] = np.zeros(shape, np.int64)
+        self._group: Final[I64] = np.zeros(shape, np.int64)
+        self._pins: Final[I64] = np.zeros(shape, np.int64)
+        self.corrupt_entries = 0
+        self.total_live_bytes = 0
+        self.total_entries = 0
+        self.current = self.pool_of(codec)
+
+    # Pools
+
+    def pool_of(self, spec: str) -> Pool:
+        """The pool of a codec, made if there is none yet.
+
+        Raises:
+            UnknownCodecError: the spec names no codec; nothing changed.
+        """
+        found = self._by_spec.get(spec)
+        if found is None:
+            found = Pool(len(self.pools), codec_from_spec(spec))
+            self.pools.append(found)
+            self._by_spec[spec] = found
+        return found
+
+    def next_sequence(self) -> int:
+        """A number that no segment and no extent had before."""
+        self._sequence += 1
+        return self._sequence
+
+    # Append
+
+    def growth(self, lengths: I64) -> int:
+        """The most bytes by which the arena grows if entries of these lengths are appended."""
+        total = int(lengths.sum()) + len(lengths) * ENTRY_OVERHEAD
+        return total + _TWO_PAGES * (2 + total // (CAPACITY - PAGE_BYTES))
+
+    def has_segments_for(self, lengths: I64) -> bool:
+        """Whether the arena has segments enough for entries of these lengths."""
+        total = int(lengths.sum()) + len(lengths) * ENTRY_OVERHEAD
+        return self.arena.available >= 2 + total // (CAPACITY - PAGE_BYTES - ENTRY_OVERHEAD)
+
+    def append(self, group: int, numbers: I64, compressed: Compressed, now: float) -> Places:
+        """Append entries for n slots to a stream; they count as live from now on.
+
+        The caller has made sure of room (`growth`, `has_segments_for`), and publishes the words.
+        """
+        stream = (compressed.pool, group)
+        parts: list[Places] = []
+        first = 0
+        while first < len(compressed):
+            segment, builder = self._open.get(stream) or self._open_segment(stream)
+            last = first + fits(compressed.lengths[first:], builder.room)
+            if last == first:
+                self.seal(stream)
+                continue
+            portion = compressed.slice(first, last)
+            offsets = builder.add(
+                numbers[first:last],
+                portion.lengths,
+                join_payload(portion.entries),
+                portion.plain,
+            )
+            self.arena.touched(segment, builder.payload_end, builder.count)
+            self._count[segment] = builder.count
+            self._stamp[segment] = now
+            self.live_bytes[segment] += portion.compressed_bytes
+            self.live_entries[segment] += last - first
+            parts.append(Places(np.full(last - first, segment), offsets, portion.lengths))
+            first = last
+        pool = self.pools[compressed.pool]
+        self._account(pool, len(compressed), compressed.compressed_bytes)
+        return parts[0] if len(parts) == 1 else concatenate_places(parts)
+
+    def _account(self, pool: Pool, entries: int, length: int) -> None:
+        pool.entries += entries
+        pool.live_bytes += length
+        self.total_entries += entries
+        self.total_live_bytes += length
+
+    def _open_segment(self, stream: Stream) -> tuple[int, ImageBuilder]:
+        segment, builder = self.new_segment(stream)
+        self._open[stream] = (segment, builder)
+        return segment, builder
+
+    def new_segment(self, stream: Stream) -> tuple[int, ImageBuilder]:
+        """A segment that belongs to a stream but is not its open one: for compaction."""
+        segment = self.arena.take()
+        sequence = self.next_sequence()
+        pool, group = stream
+        builder = ImageBuilder(
+            self.arena.segment_view(segment),
+            codec=self.pools[pool].codec.spec,
+            sequence=sequence,
+            group=group,
+        )
+        builder.age = sequence
+        builder.finish()
+        self.arena.touched(segment, builder.payload_end, 0)
+        self._age[segment] = sequence
+        self._sequences[segment] = sequence
+        self._pool[segment] = pool
+        self._group[segment] = group
+        self._count[segment] = 0
+        return segment, builder
+
+    def adopt(self, segment: int, builder: ImageBuilder, *, age: int, stamp: float) -> None:
+        """Make a segment from `new_segment` a sealed one of the given age, its entries live."""
+        builder.age = age
+        builder.finish()
+        self.arena.touched(segment, builder.payload_end, builder.count)
+        self._age[segment] = age
+        self._stamp[segment] = stamp
+        self._count[segment] = builder.count
+        directory = self.directory(segment)
+        length = int(directory.lengths.sum())
+        self.live_bytes[segment] = length
+        self.live_entries[segment] = len(directory)
+        self._account(self.pools[int(self._pool[segment])], len(directory), length)
+
+    def seal(self, stream: Stream) -> None:
+        """Close a stream's open segment; the next append opens another."""
+        segment, builder = self._open.pop(stream)
+        builder.finish()
+        if not self.live_entries[segment]:
+            self._return(segment)
+
+    # Entries die
+
+    def give_up(self, places: Places) -> None:
+        """Entries that no word names any more: account them, and return segments left empty."""
+        np.subtract.at(self.live_bytes, places.number, places.length)
+        np.subtract.at(self.live_entries, places.number, 1)
+        if len(self.pools) == 1:
+            self._account(self.pools[0], -len(places.number), -int(places.length.sum()))
+        else:
+            of = self._pool[places.number]
+            entries = np.bincount(of, minlength=len(self.pools)).tolist()
+            lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
+            for pool, count, length in zip(self.pools, entries, lengths, strict=True):
+                self._account(pool, -count, -int(length))
+        empty = places.number[self.live_entries[places.number] == 0]
+        for segment in set(empty.tolist()):
+            self._maybe_return(segment)
+
+    def _maybe_return(self, segment: int) -> None:
+        if self.live_entries[segment] or self._pins[segment]:
+            return
+        stream = self.stream_of(segment)
+        found = self._open.get(stream)
+        if found is not None and found[0] == segment:
+            del self._open[stream]
+        self._return(segment)
+
+    def _return(self, segment: int) -> None:
+        assert self.live_bytes[segment] == 0
+        self._age[segment] = _NEVER
+        self._count[segment] = 0
+        self.arena.give(segment)
+
+    def pin(self, segment: int) -> None:
+        """Keep a segment's number from being used again, whatever dies in it."""
+        self._pins[segment] += 1
+
+    def unpin(self, segment: int) -> None:
+        """Undo one `pin`; the segment is returned if nothing lives in it."""
+        assert self._pins[segment] > 0
+        self._pins[segment] -= 1
+        self._maybe_return(segment)
+
+    # Load
+
+    def read(self, words_addresses: I64, places: Places) -> list[bytes | memoryview]:
+        """The pages of n entries, in order.
+
+        Args:
+            words_addresses: where the entries begin in the arena; shape (n,).
+            places: the same as places.
+
+        Raises:
+            CorruptError: entries that do not decompress; they stay where they are, and are counted.
+        """
+        entries = self.entries(words_addresses, places.length)
+        if len(self.pools) == 1:
+            return self._decode(self.pools[0], entries, places.length)
+        pages: list[bytes | memoryview] = [b""] * len(entries)
+        corrupt: list[int] = []
+        of = self._pool[places.number]
+        for pool in self.pools:
+            which = np.flatnonzero(of == pool.index)
+            picked = which.tolist()
+            try:
+                decoded = self._decode(pool, [entries[i] for i in picked], places.length[which])
+            except CorruptError as error:
+                corrupt += [picked[i] for i in error.indices]
+                continue
+            for index, page in zip(picked, decoded, strict=True):
+                pages[index] = page
+        if corrupt:
+            raise CorruptError(corrupt)
+        return pages
+
+    def entries(self, addresses: I64, lengths: I64) -> list[memoryview]:
+        """The compressed bytes of n entries, as views of the arena."""
+        starts = addresses + CHECK_BYTES
+        ends = starts + lengths
+        return list(map(self.arena.view.__getitem__, map(slice, starts.tolist(), ends.tolist())))
+
+    def _decode(
+        self, pool: Pool, entries: list[memoryview], lengths: I64
+    ) -> list[bytes | memoryview]:
+        try:
+            return decode(pool.codec, entries, lengths)
+        except CorruptError as error:
+            self.corrupt_entries += len(error.indices)
+            raise
+
+    def wrong(self, numbers: I64, addresses: I64, places: Places) -> list[int]:
+        """Which of n entries do not agree with their checks: indices into the batch."""
+        entries = self.entries(addresses, places.length)
+        sequences = self._sequences[places.number]
+        checks = get_checks(self.arena.bytes, addresses)
+        found = digests(entries)
+        bad: list[int] = []
+        for sequence in np.unique(sequences).tolist():
+            which = np.flatnonzero(sequences == sequence)
+            expected = salted(checks[which], numbers[which], sequence)
+            bad += which[expected != found[which]].tolist()
+        return bad
+
+    # What the shrinker and the compactor ask
+
+    def directory(self, segment: int) -> Directory:
+        """All entries of a segment, dead ones included, in the order in which they came."""
+        top = (segment + 1) * SEGMENT_WORDS
+        count = int(self._count[segment])
+        return parse_directory(self.arena.words[top - count : top][::-1])
+
+    def plain_checks(self, segment: int, directory: Directory) -> U64:
+        """Unsalted digests of some entries of a segment, as they were when they were stored."""
+        addresses = directory.offsets + segment * SEGMENT_BYTES
+        checks = get_checks(self.arena.bytes, addresses)
+        return salted(checks, directory.numbers, int(self._sequences[segment]))
+
+    def stream_of(self, segment: int) -> Stream:
+        """The stream that a segment belongs to."""
+        return int(self._pool[segment]), int(self._group[segment])
+
+    def pools_of(self, segments: I64) -> I64:
+        """The pool indices of n segments."""
+        found: I64 = self._pool[segments]
+        return found
+
+    def age_of(self, segment: int) -> int:
+        """A segment's place in the order of coldness; lower is colder."""
+        return int(self._age[segment])
+
+    def stamp_of(self, segment: int) -> float:
+        """The engine's clock when the segment was last appended to."""
+        return float(self._stamp[segment])
+
+    def is_open(self, segment: int) -> bool:
+        """Whether the segment is its stream's open one."""
+        found = self._open.get(self.stream_of(segment))
+        return found is not None and found[0] == segment
+
+    def sealed(self, segments: I64) -> I64:
+        """Those of the segments that are no stream's open one."""
+        return segments[~np.isin(segments, [segment for segment, _ in self._open.values()])]
+
+    def in_stream(self, segments: I64, stream: Stream) -> npt.NDArray[np.bool_]:
+        """Which of the segments belong to a stream."""
+        mine: npt.NDArray[np.bool_] = (self._pool[segments] == stream[0]) & (
+            self._group[segments] == stream[1]
+        )
+        return mine
+
+    def oldest_first(self, stream: Stream | None = None, groups: I64 | None = None) -> I64:
+        """Segments that are in use and not pinned, coldest first; shape (k,).
+
+        Args:
+            stream: only those of this stream.
+            groups: only those of these groups.
+        """
+        limit = self.arena.limit
+        ages = self._age[:limit]
+        which = (ages != _NEVER) & (self._pins[:limit] == 0)
+        if stream is not None:
+            which &= (self._pool[:limit] == stream[0]) & (self._group[:limit] == stream[1])
+        if groups is not None:
+            which &= np.isin(self._group[:limit], groups)
+        segments = np.flatnonzero(which)
+        ordered: I64 = segments[np.argsort(ages[segments], kind="stable")]
+        return ordered
+
+    def all_segments(self) -> I64:
+        """Segments that are in use, pinned or not, ascending."""
+        return np.flatnonzero(self._age[: self.arena.limit] != _NEVER)
+
+    def footprints(self, segments: I64) -> I64:
+        """Bytes that the live entries of segments need, overhead included."""
+        footprint: I64 = self.live_bytes[segments] + ENTRY_OVERHEAD * self.live_entries[segments]
+        return footprint
+
+    @property
+    def open_streams(self) -> int:
+        """How many streams have an open segment."""
+        return len(self._open)
+
+    @property
+    def resident_bytes(self) -> int:
+        """What all pools together occupy."""
+        return self.arena.resident_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the live entries would occupy if they were packed."""
+        return self.total_live_bytes + ENTRY_OVERHEAD * self.total_entries
+
+
+def decode(codec: Codec, entries: Sequence[memoryview], lengths: I64) -> list[bytes | memoryview]:
+    """Pages of n entries of one codec; an entry of PAGE_BYTES is the page itself.
+
+    Raises:
+        CorruptError: with indices into the batch.
+    """
+    raw = lengths == PAGE_BYTES
+    if not raw.any():
+        return codec.decompress(entries)  # type: ignore[return-value]
+    pages: list[bytes | memoryview] = list(entries)
+    packed = np.flatnonzero(~raw).tolist()
+    try:
+        decoded = codec.decompress([entries[i] for i in packed])
+    except CorruptError as error:
+        raise CorruptError([packed[i] for i in error.indices]) from None
+    for index, page in zip(packed, decoded, strict=True):
+        pages[index] = page
+    for index in np.flatnonzero(raw).tolist():
+        # A copy: the arena's bytes may be reused before the reply has gone out.
+        pages[index] = bytes(entries[index])
+    return pages
+
+
+def concatenate_places(parts: Sequence[Places]) -> Places:
+    """Several batches of places as one."""
+    if not parts:
+        none = np.empty(0, np.int64)
+        return Places(none, none, none)
+    return Places(*(np.concatenate(column) for column in zip(*parts, strict=True)))

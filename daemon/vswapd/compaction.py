@@ -1,0 +1,144 @@
+"""Compaction of pools: live entries of sparse segments are copied together, and the segments go.
+
+The same walk as writeback, without the device: no I/O, so each step is atomic under the lock.
+
+Invariants:
+- Entries keep their reference bits, and the new segment the age of the youngest that went into it:
+  compaction neither warms nor cools a page by more than its neighbours.
+- A step copies at most one segment's worth of entries and frees more memory than it takes.
+
+This module must not know when to compact: the shrinker and the stores decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from vswapd.core import Core
+from vswapd.swap_table import Tag
+from vswapd_backends.base import I64, PAUSE, SEGMENT_BYTES, Operation, Places
+from vswapd_backends.segment import CAPACITY, join_payload
+
+SPARSE: Final = 0.85
+"""Segments of which less than this share is needed are worth copying together with others."""
+SPARSE_ALONE: Final = 0.70
+"""A segment that finds no partner is copied by itself only below this."""
+SLACK: Final = 0.12
+"""Share of the needed bytes that may lie waste before the compactor starts by itself: the bound on
+resident bytes is 1.25 times the compressed ones, directories and open segments included."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompactResult:
+    """What compaction did: compressed bytes copied, and pool memory given back."""
+
+    moved_bytes: int
+    freed_bytes: int
+
+
+class Compaction:
+    """Packs sparse segments."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def waste(self) -> int:
+        """Pool memory that no live entry needs."""
+        return self._core.zswap.resident_bytes - self._core.zswap.needed_bytes
+
+    def wanted(self) -> bool:
+        """Whether enough lies waste for the compactor to start by itself. Cheap."""
+        zswap = self._core.zswap
+        waste = zswap.resident_bytes - zswap.needed_bytes
+        return waste > SLACK * zswap.needed_bytes + SEGMENT_BYTES * zswap.open_streams
+
+    def step(self) -> CompactResult | None:
+        """Copy one batch of sparse segments together; None if there is none."""
+        core, zswap = self._core, self._core.zswap
+        sources = self._choose()
+        if not len(sources) or not zswap.arena.available:
+            return None
+        before = zswap.resident_bytes
+        stream = zswap.stream_of(int(sources[0]))
+        target, builder = zswap.new_segment(stream)
+        numbers, words, offsets, lengths = [], [], [], []
+        for segment in sources.tolist():
+            directory = zswap.directory(segment)
+            alive, current = core.live_words(
+                Tag.ZSWAP, segment, directory.numbers, directory.offsets
+            )
+            live = directory.pick(alive)
+            if not len(live):
+                continue
+            entries = zswap.entries(live.offsets + segment * SEGMENT_BYTES, live.lengths)
+            numbers.append(live.numbers)
+            words.append(current)
+            lengths.append(live.lengths)
+            offsets.append(
+                builder.add(
+                    live.numbers,
+                    live.lengths,
+                    join_payload(entries),
+                    zswap.plain_checks(segment, live),
+                )
+            )
+        zswap.adopt(
+            target,
+            builder,
+            age=max(zswap.age_of(s) for s in sources.tolist()),
+            stamp=max(zswap.stamp_of(s) for s in sources.tolist()),
+        )
+        length = np.concatenate(lengths)
+        places = Places(np.full(len(length), target), np.concatenate(offsets), length)
+        flipped = core.flip(
+            np.concatenate(numbers),
+            np.concatenate(words),
+            Tag.ZSWAP,
+            places,
+            core.groups[stream[1]],
+        )
+        assert len(flipped) == len(length)
+        moved = int(length.sum())
+        core.stats.compact_bytes += moved
+        return CompactResult(moved, before - zswap.resident_bytes)
+
+    def _choose(self) -> I64:
+        """Sparse sealed segments of one stream that fit into one, sparsest first picked, by age."""
+        zswap = self._core.zswap
+        none = np.empty(0, np.int64)
+        segments = zswap.sealed(zswap.oldest_first())
+        need = zswap.footprints(segments)
+        occupied = zswap.arena.occupied(segments)
+        # Measured against what they occupy: a segment sealed early is small, not sparse.
+        sparse = need < SPARSE * occupied
+        segments, need, occupied = segments[sparse], need[sparse], occupied[sparse]
+        if not len(segments):
+            return none
+        order = np.argsort(need / occupied, kind="stable")
+        first = int(segments[order[0]])
+        stream = zswap.stream_of(first)
+        same = order[zswap.in_stream(segments[order], stream)]
+        count = int(np.searchsorted(np.cumsum(need[same]), CAPACITY, side="right"))
+        chosen = same[:count]
+        total = int(need[chosen].sum())
+        freed = int(occupied[chosen].sum())
+        if len(chosen) == 1 and total > SPARSE_ALONE * freed:
+            return none
+        # Two partly filled pages, payload's end and directory's start, come with a new segment.
+        if total + 2 * 4096 >= freed:
+            return none
+        picked = segments[chosen]
+        ages = np.array([zswap.age_of(s) for s in picked.tolist()])
+        return picked[np.argsort(ages)]
+
+    def run(self) -> Operation[CompactResult]:
+        """Compact until no step pays any more."""
+        moved = freed = 0
+        while (step := self.step()) is not None:
+            moved += step.moved_bytes
+            freed += step.freed_bytes
+            yield PAUSE
+        return CompactResult(moved, freed)

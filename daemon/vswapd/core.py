@@ -1,0 +1,179 @@
+"""The engine's state, and the one way in which a word changes.
+
+Everything that moves pages (stores, writeback, compaction, swapoff) goes through `publish` or
+`flip`, so the accounts of pools, devices, groups and spaces can only change together with the
+words that they are sums of.
+
+Publish order: payload, directory, word, counters. Nothing can fail after the word.
+
+This module must not know policy: which pages move, and when.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import numpy as np
+
+from vswapd.clusters import Clusters
+from vswapd.groups import Group, Groups, Space
+from vswapd.settings import Settings
+from vswapd.stats import Stats
+from vswapd.swap_table import (
+    CLUSTER_SLOTS,
+    TAGS,
+    SwapTable,
+    Tag,
+    lengths_of,
+    make_words,
+    places_of,
+    reference_bits,
+    tags_of,
+    without_reference,
+)
+from vswapd_backends.base import I64, PAGE_BYTES, U64, Places
+from vswapd_backends.swapdev import SwapDevices
+from vswapd_backends.zpool import ZPool
+from vswapd_backends.zswap import Zswap
+
+_DAY: Final = 86400.0
+
+
+class Core:
+    """Table, clusters, pools, devices, groups, counters, and the clock."""
+
+    def __init__(
+        self, settings: Settings, arena: ZPool, devices: SwapDevices, clock: Callable[[], float]
+    ) -> None:
+        self.settings = settings
+        self.clock: Final = clock
+        self.table: Final = SwapTable(-(-settings.max_slots // CLUSTER_SLOTS) * CLUSTER_SLOTS)
+        self.clusters: Final = Clusters(self.table)
+        self.zswap: Final = Zswap(arena, settings.codec)
+        self.devices: Final = devices
+        self.groups: Final = Groups(settings)
+        self.spaces: Final[dict[int, Space]] = {}
+        self.stats: Final = Stats()
+        self.slot_counts: I64 = np.zeros(TAGS, np.int64)
+        """Allocated slots by tag; [FREE] is meaningless."""
+        self.pool_was_full = False
+        """The pool refused, and has not been at or below the accept threshold since."""
+        self._budget_day = -1.0
+        self._budget_used = 0
+
+    # Words
+
+    def publish(self, space: Space, numbers: I64, words: U64) -> None:
+        """Write the words of a space's distinct slots, and give up what they named before."""
+        table = self.table.words
+        old = table[numbers]
+        table[numbers] = words
+        new_tags = tags_of(words)
+        old_tags = tags_of(old)
+        new_counts = np.bincount(new_tags, minlength=TAGS)
+        old_counts = np.bincount(old_tags, minlength=TAGS)
+        self.slot_counts += new_counts
+        self.slot_counts -= old_counts
+        gained = new_counts - old_counts
+        space.zero_pages += int(gained[Tag.ZERO])
+        space.backed_pages += int(gained[Tag.ZERO] + gained[Tag.ZSWAP] + gained[Tag.PHYS])
+        group = space.group
+        for tag in (Tag.ZSWAP, Tag.PHYS):
+            if new_counts[tag]:
+                self._charge(space, group, tag, int(lengths_of(words[new_tags == tag]).sum()))
+            if old_counts[tag]:
+                places = places_of(old if old_counts[tag] == len(old) else old[old_tags == tag])
+                self._charge(space, group, tag, -int(places.length.sum()))
+                if tag is Tag.ZSWAP:
+                    self.zswap.give_up(places)
+                else:
+                    self.devices.give_up(places)
+
+    @staticmethod
+    def _charge(space: Space, group: Group, tag: Tag, length: int) -> None:
+        space.compressed_bytes += length
+        if tag is Tag.ZSWAP:
+            group.pool_bytes += length
+        else:
+            group.device_bytes += length
+
+    def flip(self, numbers: I64, expected: U64, tag: Tag, places: Places, group: Group) -> I64:
+        """Name new places where the words still are the expected ones, whole; returns which.
+
+        A slot that was loaded, overwritten or freed since `expected` was read has another word, and
+        is left alone. The reference bit of those that flip is kept.
+
+        Entries at the new places must be counted as live by the caller for those that flipped;
+        the old places are given up here. Slots may belong to several spaces of one group.
+
+        Returns:
+            Indices into the batch of the slots that flipped; shape (k,).
+        """
+        table = self.table.words
+        same = np.flatnonzero(table[numbers] == expected)
+        if not len(same):
+            return same
+        old = expected[same]
+        moved = Places(*(column[same] for column in places))
+        table[numbers[same]] = make_words(tag, moved) | reference_bits(old)
+        old_tag = Tag(int(tags_of(old[:1])[0]))
+        length = int(moved.length.sum())
+        self.slot_counts[old_tag] -= len(same)
+        self.slot_counts[tag] += len(same)
+        if old_tag is not tag:
+            delta = length if tag is Tag.ZSWAP else -length
+            group.pool_bytes += delta
+            group.device_bytes -= delta
+        old_places = places_of(old)
+        if old_tag is Tag.ZSWAP:
+            self.zswap.give_up(old_places)
+        else:
+            self.devices.give_up(old_places)
+        return same
+
+    def live_words(self, tag: Tag, number: int, numbers: I64, offsets: I64) -> tuple[I64, U64]:
+        """Which entries of a segment or extent the table names, and by which words.
+
+        Returns:
+            Indices into the directory, shape (k,), and the words of those slots, shape (k,).
+        """
+        words = self.table.words[numbers]
+        places = places_of(words)
+        alive = np.flatnonzero(
+            (tags_of(words) == tag) & (places.number == number) & (places.offset == offsets)
+        )
+        return alive, words[alive]
+
+    def clear_reference(self, numbers: I64) -> None:
+        """Forget that slots were loaded."""
+        self.table.words[numbers] = without_reference(self.table.words[numbers])
+
+    # Room and budget
+
+    def pool_room(self) -> int:
+        """Bytes that the pool may still grow by; negative when over its limit."""
+        return self.settings.pool_max - self.zswap.resident_bytes
+
+    def budget_left(self) -> int | None:
+        """Bytes that may still be written back today; None: any number."""
+        if not self.settings.write_budget:
+            return None
+        day = self.clock() // _DAY
+        if day != self._budget_day:
+            self._budget_day = day
+            self._budget_used = 0
+        return max(0, self.settings.write_budget - self._budget_used)
+
+    def spend(self, written: int) -> None:
+        """Count bytes that were written to a device against today's budget."""
+        self.budget_left()
+        self._budget_used += written
+
+    @property
+    def saved_bytes(self) -> int:
+        """What the backed pages would take, less what the daemon takes for them."""
+        backed = int(
+            self.slot_counts[Tag.ZERO] + self.slot_counts[Tag.ZSWAP] + self.slot_counts[Tag.PHYS]
+        )
+        return backed * PAGE_BYTES - self.zswap.resident_bytes - self.table.resident_bytes

@@ -1,0 +1,339 @@
+"""Entries on the move between extents: swapoff drains a device, merging frees sparse extents.
+
+Both read whole extents, find the live entries through their directories, and write them elsewhere
+before any word is flipped. An extent whose directory cannot be read is walked through the table
+instead: the table is the truth, the directory only the shorter way.
+
+Invariants:
+- While a device is being drained no new extent of it is used; if something cannot be moved, it is
+  back in use when swapoff fails, with everything that is still on it.
+- Extents are pinned from the read to the flip.
+- Checks are carried over, not made anew: an entry that rotted on the device is still found out
+  where it was moved to.
+
+This module must not know when to merge, or who asks for swapoff.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+
+from vswapd.clusters import slots_of
+from vswapd.core import Core
+from vswapd.errors import NoSuchDeviceError, SwapoffError
+from vswapd.fallback import Fallback
+from vswapd.groups import Group
+from vswapd.swap_table import Tag, places_of, tags_of
+from vswapd.writeback import Cause, Writeback
+from vswapd_backends.base import (
+    I64,
+    SEGMENT_BYTES,
+    U64,
+    WAIT,
+    IoBatch,
+    IoKind,
+    IoRequest,
+    Operation,
+    Places,
+)
+from vswapd_backends.segment import (
+    CAPACITY,
+    CHECK_BYTES,
+    Directory,
+    ImageBuilder,
+    LayoutError,
+    get_checks,
+    join_payload,
+    parse_image,
+    salted,
+)
+from vswapd_backends.swapdev import SwapDevice, footprint
+from vswapd_backends.zswap import Compressed, Stream
+
+_MERGE_AT_ONCE: Final = 8
+"""Sparse extents that are read to be merged into one: 2 MiB of buffers."""
+
+
+class _Moving:
+    """Live entries of one extent that was read."""
+
+    __slots__ = ("directory", "image", "number", "plain", "words")
+
+    def __init__(
+        self, number: int, image: memoryview, directory: Directory, words: U64, plain: U64
+    ) -> None:
+        self.number = number
+        self.image = image
+        self.directory = directory
+        self.words = words
+        self.plain = plain
+
+    def compressed(self, pool: int) -> Compressed:
+        """The entries, ready to be appended elsewhere."""
+        starts = self.directory.offsets + CHECK_BYTES
+        ends = starts + self.directory.lengths
+        entries = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return Compressed(pool, entries, self.directory.lengths, self.plain)
+
+
+class DeviceMoves:
+    """Drains devices and merges extents."""
+
+    def __init__(self, core: Core, writeback: Writeback, fallback: Fallback) -> None:
+        self._core = core
+        self._writeback = writeback
+        self._fallback = fallback
+
+    # swapoff
+
+    def swapoff(self, path: str) -> Operation[int]:
+        """See Engine.swapoff."""
+        devices = self._core.devices
+        device = devices.find(path)
+        if device is None:
+            known = ", ".join(d.device.path for d in devices) or "none"
+            raise NoSuchDeviceError(f"{path} is not in use; in use: {known}")
+        if device.draining:
+            raise SwapoffError(f"{path} is being drained already")
+        device.draining = True
+        moved = 0
+        try:
+            while True:
+                self._fallback.leave(device)
+                extents = np.flatnonzero(device.live_entries)
+                if not len(extents):
+                    if device.pins.any():
+                        # Reads and writes of others that are still under way.
+                        yield WAIT
+                        continue
+                    break
+                moved += yield from self._drain(device, int(extents[0]))
+        except BaseException:
+            device.draining = False
+            raise
+        yield from devices.discard()
+        devices.remove(device)
+        return moved
+
+    def _drain(self, device: SwapDevice, extent: int) -> Operation[int]:
+        number = device.number_of(extent)
+        if device.pins[extent] and self._core.devices.is_filling(number):
+            yield WAIT
+            return 0
+        devices = self._core.devices
+        devices.pin(number)
+        try:
+            moving = yield from self._read(number)
+            if moving is None:
+                raise SwapoffError(
+                    f"{device.device.path}: {int(device.live_entries[extent])} page(s) in extent "
+                    f"{extent} cannot be read; the device stays in use"
+                )
+            return (yield from self._move(moving, device, extent))
+        finally:
+            devices.unpin(number)
+
+    def _move(self, moving: _Moving, device: SwapDevice, extent: int) -> Operation[int]:
+        """To the pool if it has room, else to another device."""
+        core = self._core
+        stream = (int(device.pool[extent]), int(device.group[extent]))
+        group = core.groups[stream[1]]
+        compressed = moving.compressed(stream[0])
+        if not len(compressed):
+            return 0
+        if self._pool_takes(group, compressed):
+            places = core.zswap.append(
+                group.index, moving.directory.numbers, compressed, core.clock()
+            )
+            flipped = core.flip(moving.directory.numbers, moving.words, Tag.ZSWAP, places, group)
+            self._give_up_unflipped(places, flipped)
+            return len(flipped)
+        left = core.budget_left()
+        if left is not None and left < SEGMENT_BYTES:
+            raise SwapoffError(f"{device.device.path}: the write budget is spent; it stays in use")
+        target = yield from self._writeback.take_extent(stream)
+        if target is None:
+            raise SwapoffError(
+                f"{device.device.path}: neither the pool nor another device has room for what lies "
+                "on it; it stays in use: raise pool.max, add a device, or free pages"
+            )
+        flipped_count = yield from self._write(moving, target, stream, Cause.SWAPOFF)
+        if flipped_count is None:
+            raise SwapoffError(
+                f"{device.device.path}: writing to another device failed; it stays in use"
+            )
+        return flipped_count
+
+    def _pool_takes(self, group: Group, compressed: Compressed) -> bool:
+        core, settings = self._core, self._core.settings
+        room = group.pool_room()
+        return (
+            settings.pool_enabled
+            and (room is None or compressed.compressed_bytes <= room)
+            and core.zswap.growth(compressed.lengths) <= core.pool_room()
+            and core.zswap.has_segments_for(compressed.lengths)
+        )
+
+    def _give_up_unflipped(self, places: Places, flipped: I64) -> None:
+        stale = np.ones(len(places.number), np.bool_)
+        stale[flipped] = False
+        if stale.any():
+            self._core.zswap.give_up(Places(*(column[stale] for column in places)))
+
+    # Merging
+
+    def merge_pays(self) -> bool:
+        """Whether a device is nearly full although much on it is dead. Cheap enough per scan."""
+        return any(self._sparse(device) is not None for device in self._core.devices)
+
+    def _sparse(self, device: SwapDevice) -> I64 | None:
+        """Extents of one stream that fit into one fewer, if the device is short of room."""
+        if device.draining or device.map.free + len(device.discards) > max(
+            2, len(device.pins) // 16
+        ):
+            return None
+        extents = np.flatnonzero((device.live_entries > 0) & (device.pins == 0))
+        if len(extents) < 2:  # noqa: PLR2004 - one extent has nothing to be merged with
+            return None
+        need = footprint(device, extents)
+        order = np.argsort(need, kind="stable")
+        first = extents[order[0]]
+        same = order[
+            (device.pool[extents[order]] == device.pool[first])
+            & (device.group[extents[order]] == device.group[first])
+        ]
+        count = int(np.searchsorted(np.cumsum(need[same]), CAPACITY, side="right"))
+        count = min(count, _MERGE_AT_ONCE)
+        return extents[same[:count]] if count > 1 else None
+
+    def merge(self) -> Operation[int]:
+        """Put the entries of sparse extents together; returns how many extents became free."""
+        devices = self._core.devices
+        for device in devices:
+            extents = self._sparse(device)
+            if extents is None:
+                continue
+            stream = (int(device.pool[extents[0]]), int(device.group[extents[0]]))
+            target = yield from self._writeback.take_extent(stream, reserve=True)
+            if target is None:
+                continue
+            freed = yield from self._merge(device, extents, target, stream)
+            if freed > 0:
+                return freed
+        return 0
+
+    def _merge(
+        self, device: SwapDevice, extents: I64, target: int, stream: Stream
+    ) -> Operation[int]:
+        core, devices = self._core, self._core.devices
+        numbers = [device.number_of(extent) for extent in extents.tolist()]
+        for number in numbers:
+            devices.pin(number)
+        buffer = self._writeback.buffers.take()
+        held: int | None = target
+        try:
+            builder = self._builder(buffer, stream)
+            sources: list[tuple[_Moving, I64]] = []
+            for number in numbers:
+                moving = yield from self._read(number)
+                if moving is not None and len(moving.directory):
+                    sources.append((moving, self._add(builder, moving, stream[0])))
+            if not sources:
+                return 0
+            _, held = yield from self._writeback.write_image(
+                builder, target, stream, Cause.DEVICE_COMPACT
+            )
+            if held is None:
+                return 0
+            for moving, offsets in sources:
+                self._flip(moving, held, offsets, core.groups[stream[1]])
+        finally:
+            if held is not None:
+                devices.unpin(held)
+            for number in numbers:
+                devices.unpin(number)
+            self._writeback.buffers.give(buffer)
+        return int((device.live_entries[extents] == 0).sum()) - 1
+
+    # Shared
+
+    def _read(self, number: int) -> Operation[_Moving | None]:
+        """The live entries of a pinned extent; None if it cannot be read."""
+        core = self._core
+        device, extent = core.devices.device_of(number)
+        request = IoRequest(IoKind.READ, device.device, extent, 0, SEGMENT_BYTES)
+        yield IoBatch([request])
+        if request.result is None:
+            device.read_errors += 1
+            return None
+        image = request.result
+        try:
+            header, directory = parse_image(image)
+            damaged = header.sequence != int(device.sequence[extent])
+        except LayoutError:
+            damaged = True
+        if damaged:
+            directory = self.directory_from_table(number)
+        alive, words = core.live_words(Tag.PHYS, number, directory.numbers, directory.offsets)
+        live = directory.pick(alive)
+        if len(live) != int(device.live_entries[extent]):
+            # Intact, but not the directory of what the words name: trust the table.
+            live = self.directory_from_table(number)
+            words = core.table.words[live.numbers]
+        checks = get_checks(np.frombuffer(image, np.uint8), live.offsets)
+        plain = salted(checks, live.numbers, int(device.sequence[extent]))
+        return _Moving(number, image, live, words, plain)
+
+    def directory_from_table(self, number: int) -> Directory:
+        """The entries that the table names in an extent, by a walk over all of it."""
+        numbers = slots_of(self._core.clusters.open_clusters())
+        words = self._core.table.words[numbers]
+        found = (tags_of(words) == Tag.PHYS) & (places_of(words).number == number)
+        places = places_of(words[found])
+        order = np.argsort(places.offset, kind="stable")
+        return Directory(numbers[found][order], places.offset[order], places.length[order])
+
+    def _builder(self, buffer: memoryview, stream: Stream) -> ImageBuilder:
+        return ImageBuilder(
+            buffer,
+            codec=self._core.zswap.pools[stream[0]].codec.spec,
+            sequence=self._core.zswap.next_sequence(),
+            group=stream[1],
+        )
+
+    @staticmethod
+    def _add(builder: ImageBuilder, moving: _Moving, pool: int) -> I64:
+        compressed = moving.compressed(pool)
+        return builder.add(
+            moving.directory.numbers,
+            compressed.lengths,
+            join_payload(compressed.entries),
+            compressed.plain,
+        )
+
+    def _write(
+        self, moving: _Moving, target: int, stream: Stream, cause: Cause
+    ) -> Operation[int | None]:
+        """Write one extent's live entries to another; returns how many words flipped."""
+        buffer = self._writeback.buffers.take()
+        held: int | None = target
+        try:
+            builder = self._builder(buffer, stream)
+            offsets = self._add(builder, moving, stream[0])
+            _, held = yield from self._writeback.write_image(builder, target, stream, cause)
+            if held is None:
+                return None
+            return self._flip(moving, held, offsets, self._core.groups[stream[1]])
+        finally:
+            if held is not None:
+                self._core.devices.unpin(held)
+            self._writeback.buffers.give(buffer)
+
+    def _flip(self, moving: _Moving, target: int, offsets: I64, group: Group) -> int:
+        lengths = moving.directory.lengths
+        places = Places(np.full(len(lengths), target), offsets, lengths)
+        flipped = self._core.flip(moving.directory.numbers, moving.words, Tag.PHYS, places, group)
+        self._core.devices.keep(target, len(flipped), int(lengths[flipped].sum()))
+        return len(flipped)

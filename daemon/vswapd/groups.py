@@ -1,0 +1,90 @@
+"""Groups and spaces: who holds what, and within which limits.
+
+Invariants:
+- A group's charges are the compressed bytes of its words: `pool_bytes` of its ZSWAP words,
+  `device_bytes` of its PHYS words.
+- Zero pages are charged to nobody.
+
+This module must not know where pages lie or how they get there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from vswapd.clusters import SlotSet
+from vswapd.settings import GroupLimits, Settings
+
+
+@dataclass(slots=True)
+class Group:
+    """The unit that limits apply to."""
+
+    index: int
+    name: str
+    limits: GroupLimits
+    pool_bytes: int = 0
+    device_bytes: int = 0
+    spaces: int = 0
+
+    def pool_room(self) -> int | None:
+        """Compressed bytes that may still go to the pool; None: any number."""
+        limit = self.limits.pool_max
+        return None if limit is None else max(0, limit - self.pool_bytes)
+
+    def device_room(self) -> int | None:
+        """Compressed bytes that may still go to devices; None: any number."""
+        limit = self.limits.device_max
+        return None if limit is None else max(0, limit - self.device_bytes)
+
+
+@dataclass(slots=True)
+class Space:
+    """One client's slots."""
+
+    id: int
+    """Unique in a daemon's life, from 1; what clusters call their owner."""
+    group: Group
+    client: str
+    pid: int
+    uid: int
+    opened_at: float
+    slots: SlotSet
+    zero_pages: int = 0
+    backed_pages: int = 0
+    """ZERO, ZSWAP and PHYS slots."""
+    compressed_bytes: int = 0
+    """Of ZSWAP and PHYS slots, wherever they lie."""
+    closed: bool = False
+
+
+class Groups:
+    """All groups that have ever had a space, by name and by index."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._by_name: dict[str, Group] = {}
+        self._by_index: Final[list[Group]] = []
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._by_index)
+
+    def __getitem__(self, index: int) -> Group:
+        return self._by_index[index]
+
+    def get(self, name: str) -> Group:
+        """The group of that name, made if there is none yet."""
+        found = self._by_name.get(name)
+        if found is None:
+            found = Group(len(self._by_index), name, self._settings.limits_of(name))
+            self._by_name[name] = found
+            self._by_index.append(found)
+        return found
+
+    def apply(self, settings: Settings) -> None:
+        """Take over limits that were changed at run time."""
+        self._settings = settings
+        for group in self._by_index:
+            group.limits = settings.limits_of(group.name)

@@ -1,0 +1,539 @@
+"""The engine: stores, loads and frees of slots, over whatever stands behind them.
+
+A slot's id never changes while its page moves between zero, pool and device. Stores are all or
+nothing per folio; loads take any mixture of backings and do not consume.
+
+Invariants: invariants 1 to 19 of ARCHITECTURE.md hold between any two steps of its operations.
+
+The engine is a plain synchronous object: no sockets, no threads, no wall clock, no randomness. It
+is not thread-safe; whoever drives it holds one lock per step (see `vswapd_backends.base`). Only
+`prepare`, which is the codec's work, needs no lock.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from vswap.protocol import Reason
+from vswapd import snapshot as snapshots
+from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
+from vswapd.compaction import Compaction, CompactResult
+from vswapd.core import Core
+from vswapd.device_moves import DeviceMoves
+from vswapd.errors import (
+    ArgumentError,
+    BadSlotError,
+    BatchError,
+    OutOfServiceError,
+    PageLostError,
+    UnbackedError,
+)
+from vswapd.fallback import Fallback
+from vswapd.groups import Space
+from vswapd.room import Refusal, Room, reason_for
+from vswapd.settings import Settings
+from vswapd.shrinker import Shrinker
+from vswapd.swap_table import (
+    UNBACKED_WORD,
+    ZERO_WORD,
+    Tag,
+    addresses_of,
+    all_tagged,
+    make_words,
+    places_of,
+    tags_of,
+    with_reference,
+)
+from vswapd.verify import VerifyReport, verify
+from vswapd.writeback import Cause, Stop, Writeback, Written
+from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places
+from vswapd_backends.codec import CorruptError, UnknownCodecError
+from vswapd_backends.segment import digests
+from vswapd_backends.swapdev import SwapDevices
+from vswapd_backends.zero import ZERO_PAGE, zero_pages
+from vswapd_backends.zpool import ZPool
+from vswapd_backends.zswap import Compressed, decode
+from vswapd_blockdev.device import BlockDevice
+
+_PAGE_WORDS: Final = PAGE_BYTES // 8
+_CLOSE_CLUSTERS: Final = 64
+"""Clusters of a closed space that are freed per step: 32768 slots, about 2 ms under the lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folio:
+    """The pages of one request, split and compressed, ready for any rung of the ladder."""
+
+    pages: int
+    zero: npt.NDArray[np.bool_] | None
+    """Which pages are zero; None if none is."""
+    compressed: Compressed | None
+    """The others, in order; None if all are zero."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The outcome of a store."""
+
+    slots: U64
+    """The folio's slots; of a rejected new store: none."""
+    reason: Reason | None = None
+    """Why the folio was rejected; None: it was stored."""
+
+
+class Engine:
+    """Everything behind a slot. See the module's docstring for how to call it."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        arena: ZPool,
+        devices: SwapDevices,
+        clock: Callable[[], float],
+    ) -> None:
+        try:
+            self.core: Final = Core(settings, arena, devices, clock)
+        except UnknownCodecError as error:
+            raise ArgumentError(str(error)) from None
+        self._writeback: Final = Writeback(self.core)
+        self._compaction: Final = Compaction(self.core)
+        self._fallback: Final = Fallback(self.core, self._writeback)
+        self._room: Final = Room(self.core, self._writeback, self._compaction)
+        self._moves: Final = DeviceMoves(self.core, self._writeback, self._fallback)
+        self.shrinker: Final = Shrinker(self.core, self._writeback, self._compaction, self._moves)
+        self.on_pressure: Callable[[], None] | None = None
+        """Called, under the lock, when the shrinker has got something to do. Must be cheap."""
+        self._next_space = 1
+
+    @classmethod
+    def create(
+        cls, settings: Settings, clock: Callable[[], float], *, arena_bytes: int | None = None
+    ) -> Engine:
+        """An engine with memory of its own.
+
+        Args:
+            settings: what it starts with.
+            clock: seconds; only differences and days of it are used.
+            arena_bytes: address space for the pool, the most that `pool_max` can be raised to;
+                by default the machine's RAM, or pool_max and a little if that is more.
+        """
+        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        least = settings.pool_max + (8 << 20)
+        arena = ZPool(max(least, ram if arena_bytes is None else arena_bytes))
+        return cls(settings=settings, arena=arena, devices=SwapDevices(), clock=clock)
+
+    # Spaces
+
+    def open_space(self, *, uid: int, group: str, client: str = "", pid: int = 0) -> Space:
+        """A new space without slots."""
+        number = self._next_space
+        self._next_space += 1
+        space = Space(
+            id=number,
+            group=self.core.groups.get(group),
+            client=client,
+            pid=pid,
+            uid=uid,
+            opened_at=self.core.clock(),
+            slots=SlotSet(number),
+        )
+        space.group.spaces += 1
+        self.core.spaces[number] = space
+        return space
+
+    def close_space(self, space: Space) -> Operation[None]:
+        """Free all slots of a space, in steps, and forget it. Its slots are refused at once."""
+        if space.closed:
+            return
+        space.closed = True
+        while space.slots.clusters:
+            some = [c for c, _ in zip(space.slots.clusters, range(_CLOSE_CLUSTERS), strict=False)]
+            numbers = slots_of(np.array(some, np.int64))
+            self._release(space, numbers[self.core.table.words[numbers] != 0])
+            self._nudge()
+            yield PAUSE
+        space.group.spaces -= 1
+        del self.core.spaces[space.id]
+
+    # Store
+
+    def prepare(self, pages: bytes | bytearray | memoryview) -> Folio:
+        """Split off the zero pages of a folio and compress the rest. Pure; needs no lock.
+
+        Args:
+            pages: n * PAGE_BYTES contiguous bytes, n at least 1.
+
+        Raises:
+            BatchError: no whole pages.
+        """
+        view = memoryview(pages).cast("B")
+        count, rest = divmod(len(view), PAGE_BYTES)
+        if rest or not count:
+            raise BatchError(
+                f"{len(view)} bytes are no whole pages: hand over n * {PAGE_BYTES} bytes, n >= 1"
+            )
+        found = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
+        zero = found if found.any() else None
+        if zero is None:
+            chosen = [view[o : o + PAGE_BYTES] for o in range(0, len(view), PAGE_BYTES)]
+        else:
+            offsets = (np.flatnonzero(~zero) * PAGE_BYTES).tolist()
+            if not offsets:
+                return Folio(count, zero, None)
+            chosen = [view[o : o + PAGE_BYTES] for o in offsets]
+        pool = self.core.zswap.current
+        entries = pool.codec.compress(chosen)
+        lengths = np.fromiter(map(len, entries), np.int64, len(entries))
+        raw = np.flatnonzero(lengths >= PAGE_BYTES)
+        if len(raw):
+            for index in raw.tolist():
+                entries[index] = bytes(chosen[index])
+            lengths[raw] = PAGE_BYTES
+        return Folio(count, zero, Compressed(pool.index, entries, lengths, digests(entries)))
+
+    def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:
+        """Store a folio, all or nothing: to new slots, or over `slots`.
+
+        Raises:
+            BadSlotError, DuplicateSlotError, BatchError, NoSlotsError: nothing was changed.
+        """
+        numbers = self._store_target(space, folio, slots)
+        compressed = folio.compressed
+        if not self.core.settings.store_enabled:
+            return self._reject(space, folio, numbers, slots, Reason.DISABLED)
+        if compressed is None:
+            return self._publish(space, folio, numbers, slots, None, Tag.ZSWAP)
+        refusal = self._room.refusal(space.group, compressed)
+        if refusal is not None:
+            refusal = yield from self._room.make(space.group, compressed)
+            # Anything may have changed while room was made: look again.
+            numbers = self._store_target(space, folio, slots)
+        if refusal is not None:
+            return (yield from self._store_to_device(space, folio, numbers, slots, refusal))
+        if numbers is None:
+            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+        target = numbers if folio.zero is None else numbers[~folio.zero]
+        places = self.core.zswap.append(space.group.index, target, compressed, self.core.clock())
+        return self._publish(space, folio, numbers, slots, places, Tag.ZSWAP)
+
+    def _store_target(self, space: Space, folio: Folio, slots: U64 | None) -> I64 | None:
+        """The slots to overwrite, checked; None for a store to new ones, if there are enough."""
+        if space.closed:
+            raise BadSlotError("the space is closed: connect again")
+        if slots is None:
+            self.core.clusters.ensure(space.slots, folio.pages)
+            return None
+        if len(slots) != folio.pages:
+            raise BatchError(f"{len(slots)} slots for {folio.pages} pages: one slot per page")
+        refuse_duplicates(slots)
+        return self._resolve(space, slots)[0]
+
+    def _resolve(self, space: Space, slots: U64) -> tuple[I64, U64]:
+        """Numbers and words of a space's allocated slots.
+
+        Raises:
+            BadSlotError: some are not.
+        """
+        numbers = self.core.clusters.resolve(space.id, slots)
+        words = self.core.table.words[numbers]
+        if not words.all():
+            raise bad_slots(slots[words == 0])
+        return numbers, words
+
+    def _store_to_device(
+        self, space: Space, folio: Folio, numbers: I64 | None, slots: U64 | None, refusal: Refusal
+    ) -> Operation[Stored]:
+        """The second rung. New slots are allocated first: entries carry their slot's number."""
+        compressed = folio.compressed
+        assert compressed is not None
+        obstacle = self._fallback.obstacle(space.group, compressed.compressed_bytes)
+        if obstacle is not None:
+            return self._reject(space, folio, numbers, slots, reason_for(refusal, obstacle))
+        new = numbers is None
+        if numbers is None:
+            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+            self.core.publish(space, numbers, np.full(len(numbers), UNBACKED_WORD))
+        target = numbers if folio.zero is None else numbers[~folio.zero]
+        placed: Places | Stop = Stop.DEVICE_FULL
+        try:
+            placed = yield from self._fallback.place(space.group, target, compressed)
+        finally:
+            if new and isinstance(placed, Stop) and not space.closed:
+                self._release(space, numbers)
+                numbers = None
+        if isinstance(placed, Stop):
+            if not new:
+                numbers = self._store_target(space, folio, slots)
+            return self._reject(space, folio, numbers, slots, reason_for(refusal, placed))
+        try:
+            if not new:
+                numbers = self._store_target(space, folio, slots)
+            elif space.closed:
+                raise BadSlotError("the space was closed while the folio was stored")
+            assert numbers is not None
+            for number, entries, length in _per_extent(placed):
+                self.core.devices.keep(number, entries, length)
+            stored = self._publish(space, folio, numbers, slots, placed, Tag.PHYS)
+        finally:
+            self._fallback.settle(placed)
+        self.core.stats.fallback_pages += len(placed.number)
+        return stored
+
+    def _publish(
+        self,
+        space: Space,
+        folio: Folio,
+        numbers: I64 | None,
+        slots: U64 | None,
+        places: Places | None,
+        tag: Tag,
+    ) -> Stored:
+        """Write the words of a folio whose payload is in place. Nothing can fail after this."""
+        if numbers is None:
+            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+        if folio.zero is None:
+            assert places is not None
+            words = make_words(tag, places)
+        else:
+            words = np.full(folio.pages, ZERO_WORD)
+            if places is not None:
+                words[~folio.zero] = make_words(tag, places)
+        self.core.publish(space, numbers, words)
+        self.core.stats.store_pages += folio.pages
+        self._fallback.close_idle()
+        self._nudge()
+        return Stored(self.core.clusters.ids_of(numbers) if slots is None else slots)
+
+    def _reject(
+        self,
+        space: Space,
+        folio: Folio,
+        numbers: I64 | None,
+        slots: U64 | None,
+        reason: Reason,
+    ) -> Stored:
+        """Refuse a folio: what stood in its slots is stale now, and must never come back."""
+        self.core.stats.rejects[reason.word] += folio.pages
+        if numbers is None or slots is None:
+            return Stored(np.empty(0, np.uint64), reason)
+        self.core.publish(space, numbers, np.full(len(numbers), UNBACKED_WORD))
+        self._fallback.close_idle()
+        self._nudge()
+        return Stored(slots, reason)
+
+    # Load
+
+    def load(self, space: Space, slots: U64) -> Operation[list[bytes | memoryview]]:
+        """The pages of slots, in the order asked for; a slot may stand twice.
+
+        Returns:
+            n buffers of PAGE_BYTES each.
+
+        Raises:
+            BadSlotError, UnbackedError: some slots have no page.
+            PageLostError: some pages could not be had; the others can be loaded without them.
+        """
+        numbers, words = self._resolve(space, slots)
+        if all_tagged(words, Tag.ZSWAP):
+            try:
+                pages = self._read_zswap(numbers, words)
+            except CorruptError as error:
+                raise self._lost(slots[error.indices]) from None
+            self.core.table.words[numbers] = with_reference(words)
+        else:
+            pages = yield from self._load_mixed(slots, numbers, words)
+        self.core.stats.load_pages += len(pages)
+        return pages
+
+    def _read_zswap(self, numbers: I64, words: U64) -> list[bytes | memoryview]:
+        places = places_of(words)
+        addresses = addresses_of(words)
+        zswap = self.core.zswap
+        if self.core.settings.verify == "always":
+            wrong = zswap.wrong(numbers, addresses, places)
+            if wrong:
+                zswap.corrupt_entries += len(wrong)
+                raise CorruptError(sorted(wrong))
+        return zswap.read(addresses, places)
+
+    def _lost(self, slots: U64) -> PageLostError:
+        self.core.stats.lost_pages += len(slots)
+        return PageLostError(
+            f"{len(slots)} page(s) are lost, first {int(slots[0]):#x}: their bytes could not be "
+            "read back or were not the ones that were stored",
+            slots,
+        )
+
+    def _load_mixed(
+        self, slots: U64, numbers: I64, words: U64
+    ) -> Operation[list[bytes | memoryview]]:
+        tags = tags_of(words)
+        unbacked = tags == Tag.UNBACKED
+        if unbacked.any():
+            raise UnbackedError(
+                f"{int(unbacked.sum())} slot(s) have no content, first "
+                f"{int(slots[unbacked][0]):#x}: their last store was rejected, store them again",
+                slots[unbacked],
+            )
+        pages: list[bytes | memoryview] = [ZERO_PAGE] * len(slots)
+        lost: list[int] = []
+        in_pool = np.flatnonzero(tags == Tag.ZSWAP)
+        if len(in_pool):
+            # Before the device is waited for: these words are true now.
+            try:
+                some = self._read_zswap(numbers[in_pool], words[in_pool])
+            except CorruptError as error:
+                lost += in_pool[error.indices].tolist()
+            else:
+                for index, page in zip(in_pool.tolist(), some, strict=True):
+                    pages[index] = page
+        on_device = np.flatnonzero(tags == Tag.PHYS)
+        if len(on_device):
+            lost += yield from self._load_phys(numbers, words, on_device, pages)
+        if lost:
+            raise self._lost(np.unique(slots[sorted(set(lost))]))
+        table = self.core.table.words
+        same = numbers[(table[numbers] == words) & (tags != Tag.ZERO)]
+        table[same] = with_reference(table[same])
+        return pages
+
+    def _load_phys(
+        self, numbers: I64, words: U64, which: I64, pages: list[bytes | memoryview]
+    ) -> Operation[list[int]]:
+        """Read entries from devices into `pages`; returns the indices of those that are lost."""
+        devices = self.core.devices
+        places = places_of(words[which])
+        pools = devices.pools_of(places.number)
+        plan = devices.plan_reads(places)
+        try:
+            yield IoBatch(plan.requests)
+        except BaseException:
+            devices.abandon(plan)
+            raise
+        entries = devices.collect(plan, numbers[which])
+        self._fallback.close_idle()
+        lost = [int(which[i]) for i, entry in enumerate(entries) if entry is None]
+        for pool in np.unique(pools).tolist():
+            mine = [i for i in np.flatnonzero(pools == pool).tolist() if entries[i] is not None]
+            found = [entry for i in mine if (entry := entries[i]) is not None]
+            codec = self.core.zswap.pools[pool].codec
+            try:
+                decoded = decode(codec, found, places.length[mine])
+            except CorruptError as error:
+                lost += [int(which[mine[i]]) for i in error.indices]
+                continue
+            for index, page in zip(mine, decoded, strict=True):
+                pages[int(which[index])] = page
+        self.core.stats.swapin_pages += len(which) - len(lost)
+        self.shrinker.protect(int(places.length.sum()))
+        return lost
+
+    # Free
+
+    def free(self, space: Space, slots: U64) -> Operation[None]:
+        """Give slots back: their pages are gone, their ids wrong from now on.
+
+        Raises:
+            BadSlotError, DuplicateSlotError: nothing was freed.
+        """
+        refuse_duplicates(slots)
+        numbers, _ = self._resolve(space, slots)
+        self._release(space, numbers)
+        self._nudge()
+        return
+        yield  # an operation like the others, although it never needs anything
+
+    def _release(self, space: Space, numbers: I64) -> None:
+        if len(numbers):
+            self.core.publish(space, numbers, np.zeros(len(numbers), np.uint64))
+            self.core.clusters.release(space.slots, numbers)
+            self.core.stats.free_pages += len(numbers)
+            self._fallback.close_idle()
+
+    # Steering
+
+    def apply(self, settings: Settings) -> None:
+        """Change settings at run time.
+
+        Raises:
+            ArgumentError: an unknown codec, a pool larger than the arena, another table size;
+                nothing was changed.
+        """
+        if settings.max_slots != self.core.settings.max_slots:
+            raise ArgumentError("table.max_slots cannot be changed while the daemon runs")
+        arena = self.core.zswap.arena.region.size
+        if settings.pool_max > arena:
+            raise ArgumentError(
+                f"pool.max of {settings.pool_max} bytes is beyond the {arena} bytes of address "
+                "space that were reserved at the start: restart the daemon for more"
+            )
+        try:
+            self.core.zswap.current = self.core.zswap.pool_of(settings.codec)
+        except UnknownCodecError as error:
+            raise ArgumentError(str(error)) from None
+        self.core.settings = settings
+        self.core.groups.apply(settings)
+        self.shrinker.settings_changed()
+        self._nudge()
+
+    def swapon(self, device: BlockDevice, priority: int) -> int:
+        """Put a device into use; returns its index.
+
+        Raises:
+            OutOfServiceError: there are too many devices, or one of this path is in use already.
+        """
+        if self.core.devices.find(device.path) is not None:
+            raise OutOfServiceError(f"{device.path} is in use already")
+        entry = self.core.devices.add(device, priority)
+        if entry is None:
+            raise OutOfServiceError("no more devices can be added: swapoff one first")
+        self.shrinker.settings_changed()
+        self._nudge()
+        return entry.index
+
+    def swapoff(self, path: str) -> Operation[int]:
+        """Move everything off a device and let go of it; returns the pages moved.
+
+        The device object is closed by its owner afterwards.
+
+        Raises:
+            NoSuchDeviceError: no device of that path is in use.
+            SwapoffError: what lies on it fits nowhere else, or cannot be read; it stays in use.
+        """
+        return self._moves.swapoff(path)
+
+    def writeback(self, nbytes: int) -> Operation[Written]:
+        """Write back at least `nbytes` of the coldest pages, or until something stops it."""
+        return self._writeback.write_back(nbytes, Cause.WRITEBACK)
+
+    def compact(self) -> Operation[CompactResult]:
+        """Compact pools until no step pays any more."""
+        return self._compaction.run()
+
+    def verify(self) -> Operation[VerifyReport]:
+        """Walk table, pools and devices; check every checksum and every sum."""
+        return verify(self.core)
+
+    def snapshot(self) -> snapshots.Snapshot:
+        """What the engine holds and has done, frozen. Cheap."""
+        return snapshots.take(self.core, self.shrinker)
+
+    def _nudge(self) -> None:
+        if self.on_pressure is not None and self.shrinker.wanted():
+            self.on_pressure()
+
+
+def _per_extent(places: Places) -> list[tuple[int, int, int]]:
+    """Extent number, entries, compressed bytes, for each extent of a folio."""
+    found = []
+    for number in np.unique(places.number).tolist():
+        which = places.number == number
+        found.append((number, int(which.sum()), int(places.length[which].sum())))
+    return found

@@ -1,0 +1,359 @@
+"""Writeback: the oldest segments of a stream, packed into one extent, words flipped afterwards.
+
+The order is what keeps pages: find room on the device, read the entries, write, and only when the
+write has succeeded flip each word that still is the very word that was read; then free. Losing a
+race costs a wasted write, never a page. (Linux flips before the data is on disk and frees at
+submit; a lock hides it there.)
+
+Invariants:
+- Segments are pinned from the look at their words to the flip: a place cannot be reused between,
+  so a word that compares equal names the bytes that were written.
+- Entries loaded since the last look go to the young end of their stream once, unmarked, instead of
+  to the device (second chance).
+- A failed write takes the extent out of use and tries the next; the entries stay where they were.
+
+This module must not know when to write back: the shrinker and the stores decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+import numpy as np
+
+from vswapd.core import Core
+from vswapd.groups import Group
+from vswapd.swap_table import Tag, referenced
+from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoBatch, Operation, Places
+from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits, join_payload
+from vswapd_backends.swapdev import image_writes
+from vswapd_backends.zswap import Compressed, Stream
+
+
+class Cause(Enum):
+    """Why bytes are written to a device; each has its own counter."""
+
+    WRITEBACK = "writeback_bytes"
+    RECLAIM = "reclaim_bytes"
+    FALLBACK = "fallback_bytes"
+    SWAPOFF = "swapoff_bytes"
+    DEVICE_COMPACT = "device_compact_bytes"
+
+
+class Stop(Enum):
+    """Why nothing (more) is written back."""
+
+    NO_DEVICE = "no_device"
+    DEVICE_FULL = "device_full"
+    DEVICE_ERROR = "device_error"
+    WRITE_BUDGET = "write_budget"
+    WRITEBACK_DISABLED = "writeback_disabled"
+    GROUP_LIMIT = "group_limit"
+    NOTHING_LEFT = "nothing_left"
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What one step of writeback did. `stopped` is None if there may be more to do."""
+
+    bytes: int = 0
+    pages: int = 0
+    moved: int = 0
+    """Entries that got their second chance."""
+    stopped: Stop | None = None
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """Entries that were copied into an image, by segment, and the segments that are done."""
+
+    numbers: list[I64] = field(default_factory=list)
+    words: list[U64] = field(default_factory=list)
+    offsets: list[I64] = field(default_factory=list)
+    lengths: list[I64] = field(default_factory=list)
+    pinned: list[int] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
+    """Segments of which every cold entry is in the image."""
+
+
+WRITE_ATTEMPTS: Final = 4
+"""Extents that one image is offered to: a device on which all of them fail is not worn down in one
+operation, and whoever wanted the write hears of it soon."""
+
+_SMALLEST_ROOM: Final = 1024
+"""An image with less room than this is full: the entry that would fit is not worth another look at
+a segment."""
+
+
+class ImageBuffers:
+    """Buffers of one extent each, reused: a fresh one costs 64 page faults."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    def take(self) -> memoryview:
+        """A block-aligned buffer of SEGMENT_BYTES zeros."""
+        if self._free:
+            return self._free.pop()
+        raw = np.zeros(SEGMENT_BYTES + 4096, np.uint8)
+        start = -raw.ctypes.data % 4096
+        return memoryview(raw.data)[start : start + SEGMENT_BYTES]
+
+    def give(self, buffer: memoryview) -> None:
+        """Take a buffer back; its bytes are wiped, so that no image carries another's pages."""
+        np.frombuffer(buffer, np.uint8)[:] = 0
+        if len(self._free) < 8:  # noqa: PLR2004 - 2 MiB: twice what the driver keeps in flight
+            self._free.append(buffer)
+
+
+class Writeback:
+    """Moves entries from pools to devices."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self.buffers: Final = ImageBuffers()
+        self.in_flight = 0
+        """Operations whose images are being written now."""
+
+    # What could go
+
+    def obstacle(self) -> Stop | None:
+        """What keeps any page from being written back, or None."""
+        core = self._core
+        if not core.devices.any:
+            return Stop.NO_DEVICE
+        left = core.budget_left()
+        if left is not None and left < SEGMENT_BYTES:
+            return Stop.WRITE_BUDGET
+        if not core.devices.free_extents:
+            return Stop.DEVICE_FULL
+        return None
+
+    def eligible(self) -> I64:
+        """Indices of the groups whose pages may be written back now."""
+        return np.array(
+            [
+                g.index
+                for g in self._core.groups
+                if g.limits.writeback and (g.limits.device_max is None or _room(g))
+            ],
+            np.int64,
+        )
+
+    def _stream(self, only: Group | None) -> Stream | Stop:
+        """The stream that holds the coldest segment that may go."""
+        groups = self.eligible()
+        if only is not None:
+            groups = groups[groups == only.index]
+        segments = self._core.zswap.oldest_first(groups=groups)
+        if len(segments):
+            return self._core.zswap.stream_of(int(segments[0]))
+        concerned = [only] if only is not None else list(self._core.groups)
+        holding = [g for g in concerned if g.pool_bytes]
+        if any(not g.limits.writeback for g in holding):
+            return Stop.WRITEBACK_DISABLED
+        if any(g.index not in groups for g in holding):
+            return Stop.GROUP_LIMIT
+        return Stop.NOTHING_LEFT
+
+    # One extent
+
+    def write_extent(self, cause: Cause, only: Group | None = None) -> Operation[Written]:
+        """Write one extent's worth of the coldest entries (of one group, if `only` is given)."""
+        core = self._core
+        stop = self.obstacle()
+        if stop is not None:
+            return Written(stopped=stop)
+        stream = self._stream(only)
+        if isinstance(stream, Stop):
+            return Written(stopped=stream)
+        number = yield from self.take_extent(stream)
+        if number is None:
+            return Written(stopped=Stop.DEVICE_FULL)
+        # The room was found first; the entries are looked at only now.
+        buffer = self.buffers.take()
+        builder = ImageBuilder(
+            buffer,
+            codec=core.zswap.pools[stream[0]].codec.spec,
+            sequence=core.zswap.next_sequence(),
+            group=stream[1],
+        )
+        gathered = self._gather(stream, builder)
+        try:
+            if builder.count:
+                written, number = yield from self.write_image(builder, number, stream, cause)
+                if number is None:
+                    return Written(stopped=Stop.DEVICE_ERROR)
+                pages = self._flip(gathered, number, core.groups[stream[1]])
+            else:
+                written = pages = 0
+            moved = self._second_chance(gathered, stream)
+        finally:
+            if number is not None:
+                core.devices.unpin(number)
+            for segment in gathered.pinned:
+                core.zswap.unpin(segment)
+            self.buffers.give(buffer)
+        if not (written or moved or gathered.finished):
+            return Written(stopped=Stop.NOTHING_LEFT)
+        return Written(written, pages, moved)
+
+    def take_extent(self, stream: Stream, *, reserve: bool = False) -> Operation[int | None]:
+        """A free extent, pinned; None if the devices are full. May wait for discards."""
+        devices = self._core.devices
+        number = devices.take(*stream, 0, reserve=reserve)
+        if number is None and devices.discards_waiting:
+            yield from devices.discard()
+            number = devices.take(*stream, 0, reserve=reserve)
+        return number
+
+    def write_image(
+        self, builder: ImageBuilder, number: int, stream: Stream, cause: Cause
+    ) -> Operation[tuple[int, int | None]]:
+        """Write an image to an extent, or to the next one where that fails.
+
+        Returns:
+            The bytes written, and the extent that holds the image now, pinned; None if none does.
+        """
+        core = self._core
+        builder.finish()
+        for attempt in range(WRITE_ATTEMPTS):
+            if attempt:
+                following = yield from self.take_extent(stream)
+                if following is None:
+                    return 0, None
+                number = following
+            entry, extent = core.devices.device_of(number)
+            entry.sequence[extent] = builder.sequence
+            requests = image_writes(
+                entry.device, extent, builder.buffer, builder.payload_end, builder.count
+            )
+            self.in_flight += 1
+            try:
+                yield IoBatch(requests)
+            finally:
+                self.in_flight -= 1
+            size = sum(request.length for request in requests)
+            if not any(request.error for request in requests):
+                self.account(cause, size)
+                return size, number
+            core.devices.fail(number)
+            core.devices.unpin(number)
+        return 0, None
+
+    def account(self, cause: Cause, size: int) -> None:
+        """Count bytes that were written to a device under their cause, and against the budget."""
+        stats = self._core.stats
+        setattr(stats, cause.value, getattr(stats, cause.value) + size)
+        self._core.spend(size)
+
+    def _gather(self, stream: Stream, builder: ImageBuilder) -> _Gathered:
+        """Copy cold entries of the oldest segments into the image, until it is full."""
+        core, zswap = self._core, self._core.zswap
+        gathered = _Gathered()
+        allowance = core.groups[stream[1]].device_room()
+        for segment in zswap.oldest_first(stream).tolist():
+            if zswap.is_open(segment):
+                zswap.seal(stream)
+                if not zswap.live_entries[segment]:
+                    continue
+            zswap.pin(segment)
+            gathered.pinned.append(segment)
+            directory = zswap.directory(segment)
+            alive, words = core.live_words(Tag.ZSWAP, segment, directory.numbers, directory.offsets)
+            hot = referenced(words)
+            cold = directory.pick(alive[~hot])
+            count = fits(cold.lengths, builder.room)
+            if allowance is not None:
+                count = min(
+                    count, int(np.searchsorted(np.cumsum(cold.lengths), allowance, "right"))
+                )
+                allowance -= int(cold.lengths[:count].sum())
+            if count:
+                chosen = cold.pick(np.arange(count))
+                addresses = chosen.offsets + segment * SEGMENT_BYTES
+                offsets = builder.add(
+                    chosen.numbers,
+                    chosen.lengths,
+                    join_payload(zswap.entries(addresses, chosen.lengths)),
+                    zswap.plain_checks(segment, chosen),
+                )
+                builder.age = zswap.age_of(segment)
+                gathered.numbers.append(chosen.numbers)
+                gathered.words.append(words[~hot][:count])
+                gathered.offsets.append(offsets)
+                gathered.lengths.append(chosen.lengths)
+            if count < len(cold):
+                break
+            gathered.finished.append(segment)
+            if builder.room < _SMALLEST_ROOM:
+                break
+        return gathered
+
+    def _flip(self, gathered: _Gathered, number: int, group: Group) -> int:
+        """Let the words that did not change name the extent; returns how many did."""
+        core = self._core
+        numbers = np.concatenate(gathered.numbers)
+        lengths = np.concatenate(gathered.lengths)
+        places = Places(np.full(len(numbers), number), np.concatenate(gathered.offsets), lengths)
+        flipped = core.flip(numbers, np.concatenate(gathered.words), Tag.PHYS, places, group)
+        core.devices.keep(number, len(flipped), int(lengths[flipped].sum()))
+        core.stats.writeback_pages += len(flipped)
+        return len(flipped)
+
+    def _second_chance(self, gathered: _Gathered, stream: Stream) -> int:
+        """Move what still lives in finished segments to the young end, unmarked."""
+        return sum(self.rejuvenate(segment, stream) for segment in gathered.finished)
+
+    def rejuvenate(self, segment: int, stream: Stream) -> int:
+        """Move all live entries of a pinned segment to its stream's open one; returns how many.
+
+        The pool grows by them for a moment, until the segment is unpinned: at most one segment.
+        """
+        core, zswap = self._core, self._core.zswap
+        directory = zswap.directory(segment)
+        alive, _ = core.live_words(Tag.ZSWAP, segment, directory.numbers, directory.offsets)
+        left = directory.pick(alive)
+        if not len(left):
+            return 0
+        core.clear_reference(left.numbers)
+        if not zswap.has_segments_for(left.lengths):
+            return 0
+        addresses = left.offsets + segment * SEGMENT_BYTES
+        compressed = Compressed(
+            stream[0],
+            zswap.entries(addresses, left.lengths),
+            left.lengths,
+            zswap.plain_checks(segment, left),
+        )
+        expected = core.table.words[left.numbers]
+        places = zswap.append(stream[1], left.numbers, compressed, core.clock())
+        flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, core.groups[stream[1]])
+        assert len(flipped) == len(left)
+        core.stats.compact_bytes += compressed.compressed_bytes
+        return len(left)
+
+    # Many extents
+
+    def write_back(
+        self, nbytes: int, cause: Cause, only: Group | None = None
+    ) -> Operation[Written]:
+        """Write at least `nbytes`, in whole extents, or until something stops it."""
+        total = Written()
+        while total.bytes < nbytes and total.stopped is None:
+            step = yield from self.write_extent(cause, only)
+            total = Written(
+                total.bytes + step.bytes,
+                total.pages + step.pages,
+                total.moved + step.moved,
+                step.stopped,
+            )
+        return total
+
+
+def _room(group: Group) -> bool:
+    """Whether a group's device limit leaves room for at least one page of any size."""
+    room = group.device_room()
+    return room is None or room >= SEGMENT_BYTES // 64 + ENTRY_OVERHEAD

@@ -1,0 +1,1 @@
+"""Hand pages to vswapd over a Unix socket and get slots back."""

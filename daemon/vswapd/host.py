@@ -1,0 +1,114 @@
+"""What the configuration needs to know of the machine: memory, user, names of users.
+
+Invariants:
+- `ram_bytes` is what this process may really use: the smallest of the machine's RAM and the limits
+  of every control group above it, version 1 and 2.
+- Everything is read once; a Host is plain data afterwards, but for the look-up of users.
+
+This module must not know the configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+_V1_NO_LIMIT = 1 << 60
+"""Version 1 writes "no limit" as the largest multiple of a page; anything near it is meant so."""
+
+
+def uid_of_user(name: str) -> int | None:
+    """The uid of a user's name, or None if there is no such user."""
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError:
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine as the configuration sees it."""
+
+    ram_bytes: int
+    """Memory that this process may use."""
+    uid: int
+    """Effective uid of this process."""
+    runtime_dir: str | None = None
+    """$XDG_RUNTIME_DIR, if it is a directory."""
+    uid_of: Callable[[str], int | None] = uid_of_user
+    """The uid of a user's name, None if unknown."""
+
+    @classmethod
+    def here(cls, root: Path = Path("/")) -> Host:
+        """This machine, its /proc and /sys taken from below `root`.
+
+        Raises:
+            OSError: there is no /proc/meminfo.
+        """
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        return cls(
+            ram_bytes=min([_ram(root), *_cgroup_limits(root)]),
+            uid=os.geteuid(),
+            runtime_dir=runtime if runtime and Path(runtime).is_dir() else None,
+        )
+
+    @property
+    def socket_path(self) -> str:
+        """Where the daemon of this user listens unless told otherwise; clients look there."""
+        if self.uid == 0:
+            return "/run/vswapd.sock"
+        if self.runtime_dir is not None:
+            return f"{self.runtime_dir}/vswapd.sock"
+        return f"/tmp/vswapd-{self.uid}/vswapd.sock"  # noqa: S108 - a directory of mode 0700
+
+
+def _ram(root: Path) -> int:
+    for line in (root / "proc/meminfo").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemTotal":
+            return int(rest.split()[0]) * 1024
+    raise OSError("/proc/meminfo has no MemTotal")
+
+
+def _cgroup_limits(root: Path) -> Iterator[int]:
+    """Memory limits of this process's control groups, in bytes, up to the root of each tree."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return  # a kernel without control groups has no limits
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            places = [("unified", "memory.max"), ("", "memory.max"), ("", "memory.high")]
+        elif "memory" in controllers.split(","):
+            places = [("memory", "memory.limit_in_bytes")]
+        else:
+            continue
+        for mount, name in places:
+            for directory in _upwards(root / "sys/fs/cgroup" / mount, path):
+                if limit := _limit(directory / name):
+                    yield limit
+
+
+def _upwards(mount: Path, path: str) -> Iterator[Path]:
+    """The group's directory and those above it. In a container only some of them can be seen."""
+    inside = PurePosixPath(path.lstrip("/"))
+    if ".." in inside.parts:
+        inside = PurePosixPath()  # the group is out of this container's sight
+    yield mount / inside
+    for parent in inside.parents:
+        if parent != inside:
+            yield mount / parent
+
+
+def _limit(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None  # no such limit here: the root of a tree has none, or it is out of sight
+    if not text.isdigit() or int(text) >= _V1_NO_LIMIT:
+        return None
+    return int(text)

@@ -327,9 +327,9 @@ def _unknown(key: str, source: str, known: Sequence[str] = ()) -> ConfigError:
         names = [f"groups.{group}.{n}" for n in field_names(GroupKeys)]
         tables = [*SECTIONS, "groups", "device"]
         known = [*KEYS, *names] if name else [*tables, *KEYS]
-    near = difflib.get_close_matches(key, known, n=1)
-    if not near:  # the right name in the wrong table, or without one
-        near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]][:1]
+    # First the right name in the wrong table, or in none; then what is spelt most alike.
+    near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = near if len(near) == 1 else difflib.get_close_matches(key, known, n=1)
     if near:
         hint = f"did you mean {near[0]}?"
     else:

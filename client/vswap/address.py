@@ -1,0 +1,115 @@
+"""Where a daemon's socket may be, and how a failure to reach one is told.
+
+Invariants:
+- A path that was asked for is the only one that is tried.
+- A socket in /tmp is only trusted in a directory that nobody else could have made.
+
+This module must not know the wire.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vswap.errors import NoDaemon
+
+SYSTEM_SOCKET: Final = Path("/run/vswapd.sock")
+SOCKET_NAME: Final = "vswapd.sock"
+VARIABLE: Final = "VSWAP_SOCKET"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One place where a daemon may listen."""
+
+    path: Path
+    origin: str
+    """Why it is tried, for the error message."""
+    private: bool = False
+    """Whether its directory must be this user's own, since anybody could have made it."""
+
+
+def candidates(
+    path: str | os.PathLike[str] | None, environment: Mapping[str, str], uid: int
+) -> list[Candidate]:
+    """The places to try, best first."""
+    if path is not None:
+        return [Candidate(path=Path(path), origin="as given")]
+    if named := environment.get(VARIABLE):
+        return [Candidate(path=Path(named), origin=f"${VARIABLE}")]
+    places = []
+    if runtime := environment.get("XDG_RUNTIME_DIR"):
+        place = Path(runtime) / SOCKET_NAME
+        places.append(Candidate(path=place, origin="the user's daemon, $XDG_RUNTIME_DIR"))
+    if uid:
+        place = Path(f"/tmp/vswapd-{uid}") / SOCKET_NAME  # noqa: S108 - checked: `private`
+        places.append(Candidate(path=place, origin="the user's daemon", private=True))
+    places.append(Candidate(path=SYSTEM_SOCKET, origin="the system's daemon"))
+    return places
+
+
+def open_socket(path: str | os.PathLike[str] | None, timeout: float | None) -> socket.socket:
+    """A connected, blocking socket to the first daemon that answers.
+
+    Raises:
+        NoDaemon: none does; the text says where it was looked for and what to do.
+    """
+    tried: list[str] = []
+    for candidate in candidates(path, os.environ, os.getuid()):
+        try:
+            return _connect(candidate, timeout)
+        except OSError as error:
+            tried.append(f"  {candidate.path} ({candidate.origin}): {_explain(error)}")
+    raise NoDaemon(
+        "no vswapd answers:\n"
+        + "\n".join(tried)
+        + "\nStart one (systemctl start vswapd.socket, or vswapd serve), or name its socket with"
+        + f" the path argument or ${VARIABLE}."
+    )
+
+
+def _connect(candidate: Candidate, timeout: float | None) -> socket.socket:
+    if candidate.private:
+        _check_private(candidate.path.parent)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(os.fspath(candidate.path))
+        sock.settimeout(None)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _check_private(directory: Path) -> None:
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{directory} is not a directory of this user alone")
+
+
+def _explain(error: OSError) -> str:
+    match error:
+        case FileNotFoundError():
+            return "there is no such socket"
+        case ConnectionRefusedError():
+            return "nobody listens (left by a daemon that died)"
+        case PermissionError() if error.errno is not None:
+            return "no permission (the system's daemon serves members of the group vswap)"
+        case TimeoutError():
+            return "the daemon does not accept the connection"
+        case _:
+            return error.strerror or str(error)
+
+
+def client_name(name: str | None) -> str:
+    """What the daemon shows for this client: `name` or the program's, and the process id."""
+    program = name or Path(sys.argv[0] if sys.argv else "").name or "python"
+    return f"{program} {os.getpid()}"

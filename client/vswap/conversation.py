@@ -1,0 +1,193 @@
+"""One connection's state: which requests are unanswered, and where the next byte belongs.
+
+The sans-I/O half of both clients. Whoever owns the socket asks `request` for what to send, fills
+`wanted` with what arrives, and says so with `arrived`.
+
+Invariants:
+- Replies are matched with the oldest unanswered request, by id and operation. Anything else is a
+  ProtocolError, after which the conversation is at an end.
+- No more than `window` requests are unanswered.
+- `wanted` is never empty, and never reaches beyond the reply that is being read.
+
+This module must not know sockets, event loops, threads, or what the calls mean.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+from vswap.errors import NO_SLOTS, ProtocolError, VswapError, error_for
+from vswap.planner import Call, Frame, View
+from vswap.protocol import (
+    HEADER_BYTES,
+    LISTS_SLOTS,
+    MAX_FRAME_BYTES,
+    MAX_TEXT_BYTES,
+    SLOT_BYTES,
+    FrameError,
+    Header,
+    Op,
+    Status,
+    pack_header,
+    parse_header,
+)
+
+
+class Conversation:
+    """Requests out, replies in, in step."""
+
+    def __init__(self, window: int = 1) -> None:
+        self.window = window
+        self._unanswered: deque[tuple[int, Call, Frame]] = deque()
+        self._last_id = 0
+        self._header_bytes = bytearray(HEADER_BYTES)
+        self._header_view = memoryview(self._header_bytes)
+        self._header: Header | None = None
+        """The reply whose body is being read."""
+        self._text: bytearray | None = None
+        """Its body, where that is text."""
+        self._later: deque[View] = deque()
+        self.wanted: View = self._header_view
+        """Where the next bytes of the socket go; put at least one there, then call `arrived`."""
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing may be sent before something is answered."""
+        return len(self._unanswered) >= self.window
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything is answered."""
+        return not self._unanswered
+
+    def request(self, call: Call) -> list[View] | None:
+        """The next frame of `call` as buffers to send whole and in order; None: not now.
+
+        None has two reasons: the window is `full`, or the call has nothing to send.
+        """
+        if len(self._unanswered) >= self.window:
+            return None
+        frame = call.next_frame()
+        if frame is None:
+            return None
+        self._last_id += 1
+        call.in_flight += 1
+        self._unanswered.append((self._last_id, call, frame))
+        body_bytes = 0
+        for view in frame.body:
+            body_bytes += len(view)
+        header = pack_header(
+            frame.op,
+            body_bytes,
+            count=frame.count,
+            flags=frame.flags,
+            request_id=self._last_id,
+        )
+        return [memoryview(header), *frame.body]
+
+    def arrived(self, count: int) -> Call | None:
+        """`count` bytes were put into `wanted`.
+
+        Returns:
+            The call that a reply was completed for by them (see whether it is `over`), if any.
+
+        Raises:
+            ProtocolError: what arrived cannot be the reply; close the connection.
+            ConnectionLost: the daemon says that it closes the connection.
+        """
+        if count < len(self.wanted):
+            self.wanted = self.wanted[count:]
+            return None
+        if self._header is None:
+            self._begin_body()
+        while self._later:
+            view = self._later.popleft()
+            if len(view):
+                self.wanted = view
+                return None
+        return self._end_reply()
+
+    def abandon(self, call: Call) -> None:
+        """Nobody waits for `call`: its replies go nowhere, and the caller's buffers stay alone."""
+        call.abandon()
+        if self._header is not None and self._unanswered[0][1] is call:
+            left = len(self.wanted) + sum(len(view) for view in self._later)
+            if self._text is None:
+                self._later.clear()
+                self.wanted = memoryview(bytearray(left))
+        for _, owner, frame in self._unanswered:
+            if owner is call and frame.op is Op.LOAD and frame.targets is not None:
+                frame.targets = [memoryview(bytearray(sum(map(len, frame.targets))))]
+
+    def _begin_body(self) -> None:
+        """The header is complete: find out where the body goes."""
+        try:
+            header = parse_header(self._header_bytes, 0, MAX_FRAME_BYTES)
+        except FrameError as error:
+            raise ProtocolError(f"this is no vswapd, or one of another version: {error}") from error
+        self._header = header
+        closing = header.status != Status.OK and _closes(header.status)
+        if closing:
+            # It may answer no request at all (id 0), for example when the daemon stops.
+            self._want_text(header)
+            return
+        if not self._unanswered:
+            raise ProtocolError("the daemon answered what was not asked")
+        request_id, _, frame = self._unanswered[0]
+        if header.request_id != request_id or header.op != frame.op:
+            raise ProtocolError(
+                f"the daemon answered request {header.request_id} (operation {header.op})"
+                f" where {request_id} (operation {frame.op}) was next"
+            )
+        if header.status != Status.OK or frame.targets is None:
+            self._want_text(header)
+            return
+        expected = sum(map(len, frame.targets))
+        if header.body_bytes != expected:
+            raise ProtocolError(
+                f"the daemon's reply to {frame.op.name} has {header.body_bytes} bytes of body,"
+                f" not {expected}"
+            )
+        self._later.extend(frame.targets)
+
+    def _want_text(self, header: Header) -> None:
+        if header.body_bytes > MAX_TEXT_BYTES:
+            raise ProtocolError(f"the daemon sent {header.body_bytes} bytes of text")
+        self._text = bytearray(header.body_bytes)
+        self._later.append(memoryview(self._text))
+
+    def _end_reply(self) -> Call:
+        """The body is complete: hand it to its call."""
+        header, text = self._header, self._text
+        assert header is not None
+        self._header, self._text, self.wanted = None, None, self._header_view
+        body = bytes(text) if text is not None else b""
+        if header.status != Status.OK and _closes(header.status):
+            raise self._error(header, body)
+        _, call, frame = self._unanswered.popleft()
+        call.in_flight -= 1
+        if header.status == Status.OK:
+            call.accept(frame, body)
+        else:
+            call.refuse(frame, self._error(header, body))
+        return call
+
+    def _error(self, header: Header, body: bytes) -> VswapError:
+        slots = NO_SLOTS
+        if header.status in LISTS_SLOTS:
+            end = header.count * SLOT_BYTES
+            if end > len(body):
+                raise ProtocolError(f"the daemon's error names {header.count} slots and ends early")
+            slots, body = np.frombuffer(body[:end], "<u8").astype(np.uint64), body[end:]
+        text = body.decode(errors="replace")
+        return error_for(header.status, text, slots, flags=header.flags)
+
+
+def _closes(status: int) -> bool:
+    """Whether the connection ends with this status; an unknown one does not, as to the wire."""
+    try:
+        return Status(status).closes
+    except ValueError:
+        return False

@@ -1,0 +1,108 @@
+"""HELLO: what this client says of itself, and what it learns of the daemon.
+
+Invariants:
+- A daemon whose numbers this client cannot work with is refused here, not found out later.
+
+This module must not know sockets.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vswap.errors import ProtocolError
+from vswap.planner import Ask, frame_limit
+from vswap.protocol import PAGE_BYTES, VERSION, Flag, Op
+
+FRAME_PAGES: Final = 64
+"""Pages in one frame of a large call."""
+
+UNANSWERED_PAGES: Final = 4096
+"""No window is larger than this many pages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """What the daemon answered to HELLO."""
+
+    daemon: str
+    """Name and version, for people."""
+    max_batch: int
+    """Most pages in one request."""
+    max_frame_bytes: int
+    """Longest request, header included."""
+    max_pipeline: int
+    """Most unanswered requests."""
+    space: str | None
+    """The space's name in `vswapctl spaces`; None on a connection without one."""
+    token: str | None
+    """The space's secret, hexadecimal."""
+
+    @property
+    def frame_pages(self) -> int:
+        """Pages in one frame: FRAME_PAGES, or less if the daemon takes less."""
+        return frame_limit(FRAME_PAGES, self.max_batch, self.max_frame_bytes)
+
+    @property
+    def window(self) -> int:
+        """Requests that may be unanswered."""
+        return max(1, min(self.max_pipeline, UNANSWERED_PAGES // self.frame_pages))
+
+
+def hello(client: str, *, control: bool = False) -> Ask:
+    """The first request of every connection."""
+    text = json.dumps({"client": client}).encode()
+    return Ask(Op.HELLO, text, Flag.CONTROL if control else 0)
+
+
+def parse_document(text: bytes, what: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ProtocolError: it is none.
+    """
+    try:
+        document = json.loads(text)
+    except ValueError as error:
+        raise ProtocolError(f"the daemon's {what} is no JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ProtocolError(f"the daemon's {what} is no JSON object")
+    return document
+
+
+def parse_hello(text: bytes) -> Peer:
+    """The answer to `hello`.
+
+    Raises:
+        ProtocolError: it lacks something, or this client cannot work with it.
+    """
+    document = parse_document(text, "answer to HELLO")
+    if document.get("version") != VERSION or document.get("page_bytes") != PAGE_BYTES:
+        raise ProtocolError(
+            f"the daemon speaks version {document.get('version')} with pages of"
+            f" {document.get('page_bytes')} bytes, this client version {VERSION} with {PAGE_BYTES}"
+        )
+    peer = Peer(
+        daemon=str(document.get("daemon", "unknown")),
+        max_batch=_positive(document, "max_batch"),
+        max_frame_bytes=_positive(document, "max_frame_bytes"),
+        max_pipeline=_positive(document, "max_pipeline"),
+        space=_text_or_none(document, "space"),
+        token=_text_or_none(document, "token"),
+    )
+    frame_limit(1, peer.max_batch, peer.max_frame_bytes)
+    return peer
+
+
+def _positive(document: dict[str, Any], key: str) -> int:
+    value = document.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProtocolError(f"the daemon's answer to HELLO has {key} = {value!r}")
+    return value
+
+
+def _text_or_none(document: dict[str, Any], key: str) -> str | None:
+    value = document.get(key)
+    return None if value is None else str(value)

@@ -1,0 +1,300 @@
+"""Space and Handle: the blocking interface that applications use.
+
+Invariants:
+- A store of new pages is all or nothing, of whatever size. For other calls of more than one frame
+  (FRAME_PAGES pages) an error says what took effect: `slots` and `done` (see vswap.errors).
+- Calls may come from several threads; they run one after the other.
+- A space lives as long as its connection: closing it frees everything it holds.
+
+This module must not know the wire.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from vswap.address import client_name, open_socket
+from vswap.buffers import (
+    Form,
+    empty_bytes,
+    padded_pages_of,
+    pages_of,
+    slots_of,
+    take_apart,
+    target_of,
+)
+from vswap.connection import Connection
+from vswap.errors import U64, HandleFreed
+from vswap.peer import Peer, hello, parse_document, parse_hello
+from vswap.planner import Ask, Free, Load, Overwrite, Pages, Store, View
+from vswap.protocol import PAGE_BYTES, Op
+
+if TYPE_CHECKING:
+    import os
+
+    from vswap.buffers import Buffer, Slots
+
+_B = TypeVar("_B", bound="Buffer")
+
+
+def greet(
+    path: str | os.PathLike[str] | None,
+    timeout: float | None,
+    name: str | None,
+    *,
+    control: bool = False,
+) -> tuple[Connection, Peer]:
+    """An open connection that HELLO has been said on."""
+    sock = open_socket(path, timeout)
+    try:
+        connection = Connection(sock, timeout)
+        call = hello(client_name(name), control=control)
+        connection.run(call)
+        peer = parse_hello(call.result())
+    except BaseException:
+        sock.close()
+        raise
+    connection.conversation.window = peer.window
+    return connection, peer
+
+
+def connect(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    timeout: float | None = None,
+    name: str | None = None,
+) -> Space:
+    """Connect to a daemon and open a space there.
+
+    Args:
+        path: The daemon's socket. Default: $VSWAP_SOCKET; else the daemon of this user
+            ($XDG_RUNTIME_DIR/vswapd.sock, /tmp/vswapd-UID/vswapd.sock), else the system's
+            (/run/vswapd.sock).
+        timeout: Seconds of silence after which the daemon is given up and the connection closed;
+            None: wait for ever.
+        name: How the daemon's status names this client. Default: the program's name.
+
+    Raises:
+        NoDaemon: none answers.
+        ConnectionRefused: it has as many connections as it takes.
+        ProtocolError: what answers is no daemon that this client can talk to.
+    """
+    connection, peer = greet(path, timeout, name)
+    return Space(connection, peer)
+
+
+class Space:
+    """One client's set of slots in the daemon. Made by `connect`; a context manager."""
+
+    def __init__(self, connection: Connection, peer: Peer) -> None:
+        self._connection = connection
+        self._frame_pages = peer.frame_pages
+        self.peer = peer
+        """What the daemon said of itself."""
+
+    def store(self, pages: Buffer, slots: Slots | None = None) -> U64:
+        """Hand pages to the daemon.
+
+        Args:
+            pages: A contiguous buffer of n*4096 bytes; it may be changed as soon as this returns.
+            slots: n slots of this space to overwrite. Default: new ones.
+
+        Returns:
+            The slots, shape (n,), in the order of the pages.
+
+        Raises:
+            Rejected: the daemon takes no more; `reason` is why. New pages: none is stored.
+                Overwriting: `slots` have no content now, `done` have the new page, and all others
+                have what they had.
+            BadSlot, DuplicateSlot: of `slots`; `done` have the new page, all others what they had.
+            NoSlots: the daemon's table is full; none is stored.
+            BadBuffer: no whole pages, or not one slot for each; nothing was sent.
+            ConnectionLost: the space is gone.
+        """
+        source = pages_of(pages)
+        call = (
+            Store(source, self._frame_pages)
+            if slots is None
+            else Overwrite(slots_of(slots), source, self._frame_pages)
+        )
+        self._connection.run(call)
+        return call.result()
+
+    @overload
+    def load(self, slots: Slots) -> View: ...
+    @overload
+    def load(self, slots: Slots, into: _B) -> _B: ...
+    def load(self, slots: Slots, into: Buffer | None = None) -> Buffer:
+        """Get pages back, in the order asked for; they stay stored. A slot may stand twice.
+
+        Args:
+            slots: n slots of this space.
+            into: A writable contiguous buffer of n*4096 bytes to fill. After an error its content
+                is undefined.
+
+        Returns:
+            `into`, or a new memoryview of bytes.
+
+        Raises:
+            BadSlot: free, stale, or another space's.
+            Unbacked: their last store was rejected.
+            PageLost: the daemon cannot give `slots` back; others can still be loaded.
+            BadBuffer: `into` cannot be filled; nothing was sent.
+            ConnectionLost: the space is gone.
+        """
+        wanted = slots_of(slots)
+        size = len(wanted) * PAGE_BYTES
+        target = empty_bytes(size) if into is None else target_of(into, size)
+        call = Load(wanted, Pages(target), self._frame_pages)
+        self._connection.run(call)
+        call.result()
+        return target if into is None else into
+
+    def free(self, slots: Slots) -> None:
+        """Give slots back; their ids are errors from now on.
+
+        Raises:
+            BadSlot, DuplicateSlot: `done` are free, all others are as they were.
+            ConnectionLost: the space is gone, and all slots with it.
+        """
+        call = Free(slots_of(slots), self._frame_pages)
+        self._connection.run(call)
+        call.result()
+
+    def put(self, source: Buffer) -> Handle:
+        """Store a whole object: any buffer of any length. Arrays keep dtype, shape and order.
+
+        Raises:
+            Rejected, NoSlots, ConnectionLost: as `store`; nothing is stored.
+            BadBuffer: it has no bytes, or they are not all of it (objects, masks).
+        """
+        content, form = take_apart(source)
+        call = Store(padded_pages_of(content), self._frame_pages)
+        self._connection.run(call)
+        return Handle(self, call.result(), form)
+
+    def load_form(self, slots: U64, form: Form, into: Buffer | None) -> Any:
+        """For Handle: the object that was put into `slots`, or `into` filled with it."""
+        if into is None:
+            padded = empty_bytes(len(slots) * PAGE_BYTES)
+            pages, content = Pages(padded), padded[: form.nbytes]
+        else:
+            content = form.target(into)
+            whole = form.nbytes - form.nbytes % PAGE_BYTES
+            tail = empty_bytes(PAGE_BYTES) if whole < form.nbytes else None
+            pages = Pages(content[:whole], tail)
+        call = Load(slots, pages, self._frame_pages)
+        self._connection.run(call)
+        call.result()
+        if into is None:
+            return form.build(content)
+        if pages.tail is not None:
+            content[pages.whole.nbytes :] = pages.tail[: form.nbytes - pages.whole.nbytes]
+        return into
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's status document, as `vswapctl status --json` prints it."""
+        call = Ask(Op.STATUS)
+        self._connection.run(call)
+        return parse_document(call.result(), "status")
+
+    def ping(self) -> None:
+        """Wait until the daemon has answered; shows that it is alive."""
+        call = Ask(Op.PING)
+        self._connection.run(call)
+        call.result()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection, and with it every slot, is gone."""
+        return self._connection.closed
+
+    def close(self) -> None:
+        """End the connection; the daemon frees everything that this space holds."""
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<vswap.Space {self.peer.space} at {self.peer.daemon}, {state}>"
+
+
+class Handle:
+    """An object that was put; a context manager that frees it.
+
+    A handle that is only forgotten keeps its pages until it is freed or the space is closed.
+    """
+
+    def __init__(self, space: Space, slots: U64, form: Form) -> None:
+        self._space = space
+        self._slots: U64 | None = slots
+        self._form = form
+
+    @property
+    def slots(self) -> U64:
+        """The slots it stands in; the last page is filled up with zeros.
+
+        Raises:
+            HandleFreed: it stands nowhere any more.
+        """
+        if self._slots is None:
+            raise HandleFreed("this handle was freed; its pages are gone")
+        return self._slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the object."""
+        return self._form.nbytes
+
+    def __len__(self) -> int:
+        """What len() of the object was."""
+        if self._form.length is None:
+            raise TypeError("an array without dimensions has no length")
+        return self._form.length
+
+    @overload
+    def get(self) -> Any: ...
+    @overload
+    def get(self, into: _B) -> _B: ...
+    def get(self, into: Buffer | None = None) -> Any:
+        """The object: an array as it was put, or its bytes as a memoryview. It stays stored.
+
+        Args:
+            into: A writable buffer to fill and return instead: for an array, one of the same dtype,
+                shape and order; else any of `nbytes` bytes.
+
+        Raises:
+            HandleFreed: it was freed.
+            PageLost, BadBuffer, ConnectionLost: as Space.load.
+        """
+        return self._space.load_form(self.slots, self._form, into)
+
+    def free(self) -> None:
+        """Give its pages back. Once.
+
+        Raises:
+            HandleFreed: it was freed before.
+            ConnectionLost: the space is gone, and the pages with it.
+        """
+        slots, self._slots = self.slots, None
+        self._space.free(slots)
+
+    @property
+    def freed(self) -> bool:
+        """Whether `free` was called."""
+        return self._slots is None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self.freed and not self._space.closed:
+            self.free()
+
+    def __repr__(self) -> str:
+        return f"<vswap.Handle of {self.nbytes} bytes{', freed' if self.freed else ''}>"

@@ -1,0 +1,205 @@
+"""A container with a real systemd: its tree is made by debootstrap and booted by systemd-nspawn.
+
+Invariants:
+- Booted means what its systemd says: READY on nspawn's notification socket. Nothing polls.
+- A run gets a copy of the tree of its own. The tree that is kept (in build/, as it takes a minute to
+  make) is never booted.
+- Leaving the block powers it off and removes the copy and its control groups. Should this process
+  be killed, the kernel ends the container.
+
+This module must not know what is tested in the container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+KEPT = REPOSITORY / "build" / "system-tests"
+BOOT_DEADLINE_S = 120.0
+PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")
+COMMANDS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# What a machine allows its own systemd and nspawn withholds: locking memory, and raising limits.
+_CAPABILITIES = "CAP_IPC_LOCK,CAP_SYS_RESOURCE"
+
+
+def missing() -> str | None:
+    """Why no container can be booted here, or None if one can."""
+    if os.geteuid() != 0:
+        return "booting a container needs root"
+    absent = [command for command in COMMANDS if shutil.which(command) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None
+
+
+def release() -> str:
+    """The Debian (or derived) release of this machine, for which debootstrap has a mirror."""
+    for line in Path("/etc/os-release").read_text().splitlines():
+        name, _, value = line.partition("=")
+        if name == "VERSION_CODENAME":
+            return value.strip('"')
+    return "stable"
+
+
+def tree() -> Path:
+    """The kept tree, made if it is not there yet. Takes about a minute then."""
+    made = KEPT / f"{release()}-{'-'.join(PACKAGES)}"
+    if made.exists():
+        return made
+    KEPT.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=KEPT, prefix="making-") as name:
+        new = Path(name) / "tree"
+        command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
+        _checked([*command, release(), str(new)])
+        new.rename(made)
+    return made
+
+
+@dataclass(slots=True, kw_only=True)
+class Container:
+    """A booted container. `leader` is its PID 1 as this machine numbers it."""
+
+    root: Path
+    leader: int
+
+    def command(self, arguments: Sequence[str], *, user: str | None = None) -> list[str]:
+        """The command of this machine that runs `arguments` inside, with a clean environment."""
+        into = ["--mount", "--uts", "--ipc", "--net", "--pid", "--cgroup", "--root", "--wd"]
+        enter = ["nsenter", f"--target={self.leader}", *into, "--", "env", "-i", f"PATH={PATH}"]
+        become = [] if user is None else ["runuser", "-u", user, "--"]
+        return [*enter, *become, *arguments]
+
+    def run(
+        self,
+        *arguments: str,
+        user: str | None = None,
+        check: bool = True,
+        environment: Mapping[str, str] | None = None,
+        script: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command inside, as root or as `user`, with `script` as its standard input.
+
+        Raises:
+            AssertionError: `check`, and it failed; the text ends with what it wrote.
+        """
+        variables = [f"{name}={value}" for name, value in (environment or {}).items()]
+        command = self.command(["env", *variables, *arguments], user=user)
+        if check:
+            return _checked(command, script=script)
+        return _run(command, script=script)
+
+
+def _run(command: Sequence[str], script: str | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=script or "", capture_output=True, text=True, check=False)
+
+
+def _checked(command: Sequence[str], script: str | None = None) -> subprocess.CompletedProcess[str]:
+    result = _run(command, script=script)
+    assert result.returncode == 0, (
+        f"{' '.join(command)} exited with {result.returncode}:\n{result.stdout}{result.stderr}"
+    )
+    return result
+
+
+@contextlib.contextmanager
+def booted_container() -> Iterator[Container]:
+    """Boot a fresh copy of the tree until the block ends."""
+    original = tree()
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="vswapd-machine-") as name:
+        root = Path(name) / "root"
+        _checked(["cp", "-a", "--reflink=auto", str(original), str(root)])
+        (root / "etc" / "machine-id").unlink(missing_ok=True)
+        notify_path = Path(name) / "notify"
+        console_path = Path(name) / "console"
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
+            console_path.open("wb") as console,
+        ):
+            notify.bind(str(notify_path))
+            process = subprocess.Popen(
+                _nspawn(root),
+                stdin=subprocess.DEVNULL,
+                stdout=console,
+                stderr=console,
+                env={"PATH": PATH, "NOTIFY_SOCKET": str(notify_path)},
+            )
+            groups: list[Path] = []
+            try:
+                leader = _await_boot(notify, process, console_path)
+                groups = _control_groups(leader)
+                yield Container(root=root, leader=leader)
+            finally:
+                _end(process)
+                _remove_control_groups(groups)
+
+
+def _nspawn(root: Path) -> list[str]:
+    return [
+        *("setpriv", "--pdeathsig", "KILL", "--"),
+        *("systemd-nspawn", "--quiet", "--keep-unit", "--register=no", "--boot"),
+        *(f"--directory={root}", "--machine=vswapd-test", "--notify-ready=yes"),
+        *("--private-network", "--link-journal=no", "--resolv-conf=off", "--timezone=off"),
+        *(f"--capability={_CAPABILITIES}", "--rlimit=RLIMIT_MEMLOCK=infinity"),
+    ]
+
+
+def _await_boot(notify: socket.socket, process: subprocess.Popen[bytes], console: Path) -> int:
+    """Wait until the container's systemd has reached its default target; returns its PID 1."""
+    notify.settimeout(BOOT_DEADLINE_S)
+    leader = None
+    try:
+        while True:
+            for line in notify.recv(65536).decode().splitlines():
+                name, _, value = line.partition("=")
+                if name == "X_NSPAWN_LEADER_PID":
+                    leader = int(value)
+                elif line == "READY=1" and leader is not None:
+                    return leader
+    except TimeoutError:
+        state = "still runs" if process.poll() is None else f"exited with {process.returncode}"
+        raise AssertionError(
+            f"no boot within {BOOT_DEADLINE_S:.0f} s, nspawn {state}:\n"
+            + console.read_text(errors="replace")
+        ) from None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Power off, by force if need be. nspawn ends when nothing of the container is left."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _control_groups(leader: int) -> list[Path]:
+    """The directories of control groups that nspawn made for the container."""
+    found = []
+    for line in Path(f"/proc/{leader}/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        parts = Path(group).parts
+        if "payload" not in parts:
+            continue
+        payload = Path(*parts[1 : parts.index("payload") + 1])
+        for mount in ("", "unified", controllers.removeprefix("name=")):
+            directory = Path("/sys/fs/cgroup", mount, payload)
+            if directory.is_dir():
+                found.append(directory)
+    return found
+
+
+def _remove_control_groups(groups: Sequence[Path]) -> None:
+    for group in groups:
+        for directory, _, _ in os.walk(group, topdown=False):
+            Path(directory).rmdir()

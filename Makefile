@@ -1,48 +1,175 @@
 # vswapd: everything a clone can do. Needs python3 (3.11 or newer, with venv) and make.
 #
-# `make` alone lists the targets. What the demo, the tests and the checks need is put into .venv,
-# nothing outside the clone is touched; only `make install` writes elsewhere.
+# `make` alone lists the targets. What the demo, the tests and the checks need goes into .venv, what
+# is to be installed into build/; only `make install` and `make uninstall` write elsewhere.
 
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/stamp
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+DESTDIR ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-
-# -- development ----------------------------------------------------------------------------------
+MAKEFLAGS += --no-builtin-rules
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-# The stamp is newer than pyproject.toml when the installed dependencies are the ones named there.
-# The interpreter's own pip may be too old for --group (pip 25.1), so it is replaced first.
-$(STAMP): pyproject.toml
+# -- development ----------------------------------------------------------------------------------
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := -m pip --disable-pip-version-check --quiet install
+# The interpreter's own pip may be too old to know dependency groups.
+PIP_WITH_GROUPS := 'pip>=25.1'
+
+# The stamp is newer than pyproject.toml when what is named there is installed.
+$(VENV)/stamp: pyproject.toml
+	@echo 'making $(VENV) (once; it takes a quarter of a minute)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	$(BIN)/python $(PIP_INSTALL) --upgrade $(PIP_WITH_GROUPS)
+	$(BIN)/python $(PIP_INSTALL) --editable . --group dev
 	touch $@
 
 .PHONY: venv
-venv: $(STAMP) ## install everything into .venv
+venv: $(VENV)/stamp ## install everything into .venv
 
 .PHONY: demo
-demo: $(STAMP) ## offload real memory to a daemon of its own and load it back
+demo: $(VENV)/stamp ## offload real memory to a daemon of its own and load it back
 	$(BIN)/python -m vswapd.demo
 
 .PHONY: test
-test: $(STAMP) ## run the whole test suite
+test: $(VENV)/stamp ## run the whole test suite
 	$(BIN)/python -m pytest
 
 .PHONY: check
-check: $(STAMP) ## formatting, lint and types
+check: $(VENV)/stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
 .PHONY: bench
-bench: $(STAMP) ## run the benchmarks, each beside its target
+bench: $(VENV)/stamp ## run the benchmarks, each beside its target
 	$(BIN)/python -m bench
+
+.PHONY: clean
+clean: ## remove .venv and everything that was built
+	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# -- what is to be installed, built without root ----------------------------------------------------
+#
+# build/stage holds a venv with vswapd and what it depends on and nothing else: no pip, no scripts,
+# no path of this directory. The tools that build it live in a venv of their own.
+
+STAGE := build/stage
+TOOLS := build/tools
+SHELLS := bash zsh fish
+SITE = $$($(STAGE)/venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+SOURCES := pyproject.toml Makefile \
+	$(shell find client daemon backends blockdev docs/man -name '*.py' -o -name '*.include')
+
+# Another PYTHON= than the last time builds anew.
+.PHONY: FORCE
+build/interpreter: FORCE
+	@mkdir -p build
+	@echo '$(PYTHON)' | cmp -s - $@ || echo '$(PYTHON)' > $@
+
+$(TOOLS)/stamp: pyproject.toml build/interpreter
+	rm -rf $(TOOLS)
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python $(PIP_INSTALL) --upgrade $(PIP_WITH_GROUPS)
+	$(TOOLS)/bin/python $(PIP_INSTALL) --group man
+	touch $@
+
+$(STAGE)/venv/stamp: $(SOURCES) $(TOOLS)/stamp
+	rm -rf $(STAGE)/venv
+	$(TOOLS)/bin/python -m venv --without-pip $(STAGE)/venv
+	$(TOOLS)/bin/python $(PIP_INSTALL) --no-compile --no-warn-script-location --target $(SITE) .
+	rm -rf $(SITE)/bin $(SITE)/vswapd-*.dist-info/direct_url.json
+	cd $(STAGE)/venv && rm -rf bin/[Aa]ctivate* && sed -i '/^command/d' pyvenv.cfg
+	touch $@
+
+# One page per command; what the parser cannot know comes from docs/man.
+MANPAGE = $(TOOLS)/bin/argparse-manpage --function build_parser --project-name vswapd --format pretty \
+	--manual-title 'vswapd' --author 'the vswapd project' --version "$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)"
+
+$(STAGE)/man/vswapd.8: $(STAGE)/venv/stamp docs/man/vswapd.include
+	mkdir -p $(@D)
+	COLUMNS=80 PYTHONPATH=$(SITE) $(MANPAGE) --module vswapd.cli --prog vswapd --manual-section 8 \
+		--include docs/man/vswapd.include --output $@
+
+$(STAGE)/man/vswapctl.1: $(STAGE)/venv/stamp docs/man/vswapctl.include
+	mkdir -p $(@D)
+	COLUMNS=80 PYTHONPATH=$(SITE) $(MANPAGE) --module vswapd.ctl.parser --prog vswapctl --manual-section 1 \
+		--include docs/man/vswapctl.include --output $@
+
+$(STAGE)/completions/vswapctl.%: $(STAGE)/venv/stamp
+	mkdir -p $(@D)
+	$(STAGE)/venv/bin/python -I -m vswapd.ctl completion $* > $@
+
+$(STAGE)/completions/vswapd.%: $(STAGE)/venv/stamp
+	mkdir -p $(@D)
+	$(STAGE)/venv/bin/python -I -m shtab --shell $* --prog vswapd --error-unimportable \
+		vswapd.cli.build_parser > $@
+
+.PHONY: man
+man: $(STAGE)/man/vswapd.8 $(STAGE)/man/vswapctl.1 ## build the man pages into build/stage/man
+
+.PHONY: stage
+stage: man $(foreach shell,$(SHELLS),$(STAGE)/completions/vswapctl.$(shell) $(STAGE)/completions/vswapd.$(shell)) ## build what `make install` will copy
+
+# -- installation -----------------------------------------------------------------------------------
+
+LIBDIR = $(PREFIX)/lib/vswapd
+COMMANDS := vswapd vswapctl
+module_vswapd := vswapd
+module_vswapctl := vswapd.ctl
+# Every file outside LIBDIR that an installation puts in place, configuration aside.
+INSTALLED = $(addprefix $(PREFIX)/, \
+	bin/vswapd bin/vswapctl \
+	lib/systemd/system/vswapd.service lib/systemd/system/vswapd.socket \
+	lib/sysusers.d/vswapd.conf lib/tmpfiles.d/vswapd.conf \
+	share/man/man8/vswapd.8 share/man/man1/vswapctl.1 \
+	$(foreach command,$(COMMANDS), \
+		share/bash-completion/completions/$(command) \
+		share/zsh/site-functions/_$(command) \
+		share/fish/vendor_completions.d/$(command).fish))
+TO = $(DESTDIR)$(PREFIX)
+
+# The running service is replaced as a whole: the new tree is complete before the old one goes.
+.PHONY: install
+install: stage ## install below PREFIX (/usr/local), staged below DESTDIR if given
+	mkdir -p '$(TO)/lib'
+	rm -rf '$(DESTDIR)$(LIBDIR).new'
+	cp -RP $(STAGE)/venv '$(DESTDIR)$(LIBDIR).new'
+	rm -f '$(DESTDIR)$(LIBDIR).new/stamp'
+	chmod -R u=rwX,go=rX '$(DESTDIR)$(LIBDIR).new'
+	$(STAGE)/venv/bin/python -m compileall -q -s '$(DESTDIR)$(LIBDIR).new' -p '$(LIBDIR)' '$(DESTDIR)$(LIBDIR).new'
+	rm -rf '$(DESTDIR)$(LIBDIR)'
+	mv '$(DESTDIR)$(LIBDIR).new' '$(DESTDIR)$(LIBDIR)'
+	$(foreach command,$(COMMANDS), \
+		mkdir -p build/bin && \
+		printf '#!/bin/sh\nexec %s -I -m %s "$$@"\n' '$(LIBDIR)/bin/python' $(module_$(command)) \
+			> build/bin/$(command) && \
+		install -D -m 755 build/bin/$(command) '$(TO)/bin/$(command)' && \
+		install -D -m 644 $(STAGE)/completions/$(command).bash '$(TO)/share/bash-completion/completions/$(command)' && \
+		install -D -m 644 $(STAGE)/completions/$(command).zsh '$(TO)/share/zsh/site-functions/_$(command)' && \
+		install -D -m 644 $(STAGE)/completions/$(command).fish '$(TO)/share/fish/vendor_completions.d/$(command).fish' &&) true
+	install -D -m 644 $(STAGE)/man/vswapd.8 '$(TO)/share/man/man8/vswapd.8'
+	install -D -m 644 $(STAGE)/man/vswapctl.1 '$(TO)/share/man/man1/vswapctl.1'
+	install -d '$(TO)/lib/systemd/system'
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|; s|/etc/vswapd/|$(SYSCONFDIR)/vswapd/|' systemd/vswapd.service > build/bin/vswapd.service
+	install -m 644 build/bin/vswapd.service '$(TO)/lib/systemd/system/vswapd.service'
+	install -m 644 systemd/vswapd.socket '$(TO)/lib/systemd/system/vswapd.socket'
+	install -D -m 644 systemd/vswapd.sysusers.conf '$(TO)/lib/sysusers.d/vswapd.conf'
+	install -D -m 644 systemd/vswapd.tmpfiles.conf '$(TO)/lib/tmpfiles.d/vswapd.conf'
+	test -e '$(DESTDIR)$(SYSCONFDIR)/vswapd/vswapd.toml' || \
+		install -D -m 644 systemd/vswapd.toml '$(DESTDIR)$(SYSCONFDIR)/vswapd/vswapd.toml'
+
+.PHONY: uninstall
+uninstall: ## remove what install put in place; configuration and devices stay
+	rm -rf '$(DESTDIR)$(LIBDIR)'
+	rm -f $(foreach file,$(INSTALLED),'$(DESTDIR)$(file)')

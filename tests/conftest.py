@@ -78,8 +78,8 @@ def _leftovers(config: pytest.Config) -> Iterator[str]:
         yield f"process {pid}: {command}"
     for path in _own_listening_sockets():
         yield f"listening socket {path}"
-    appeared = set(_default_sockets()) - config.stash[_before]
-    yield from (f"file {path}" for path in sorted(appeared))
+    before = config.stash[_before]
+    yield from (f"file {path}" for path in _default_sockets() if path not in before)
 
 
 def _strays() -> Iterator[tuple[int, str]]:

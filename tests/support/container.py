@@ -2,7 +2,7 @@
 
 Invariants:
 - Booted means what its systemd says: READY on nspawn's notification socket. Nothing polls.
-- A run gets a copy of the tree of its own. The tree that is kept (in build/, as it takes a minute to
+- A run gets a copy of the tree. The tree that is kept (in build/, as it takes a minute to
   make) is never booted.
 - Leaving the block powers it off and removes the copy and its control groups. Should this process
   be killed, the kernel ends the container.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -155,22 +156,25 @@ def _nspawn(root: Path) -> list[str]:
 
 def _await_boot(notify: socket.socket, process: subprocess.Popen[bytes], console: Path) -> int:
     """Wait until the container's systemd has reached its default target; returns its PID 1."""
-    notify.settimeout(BOOT_DEADLINE_S)
     leader = None
+    ended = os.pidfd_open(process.pid)
     try:
+        poll = select.poll()
+        poll.register(notify, select.POLLIN)
+        poll.register(ended, select.POLLIN)
         while True:
+            ready = {descriptor for descriptor, _ in poll.poll(BOOT_DEADLINE_S * 1000)}
+            if notify.fileno() not in ready:
+                what = "nspawn ended" if ended in ready else f"not within {BOOT_DEADLINE_S:.0f} s"
+                raise AssertionError(f"no boot, {what}:\n{console.read_text(errors='replace')}")
             for line in notify.recv(65536).decode().splitlines():
                 name, _, value = line.partition("=")
                 if name == "X_NSPAWN_LEADER_PID":
                     leader = int(value)
                 elif line == "READY=1" and leader is not None:
                     return leader
-    except TimeoutError:
-        state = "still runs" if process.poll() is None else f"exited with {process.returncode}"
-        raise AssertionError(
-            f"no boot within {BOOT_DEADLINE_S:.0f} s, nspawn {state}:\n"
-            + console.read_text(errors="replace")
-        ) from None
+    finally:
+        os.close(ended)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from support.sources import REPOSITORY
+
 KEPT = REPOSITORY / "build" / "system-tests"
 BOOT_DEADLINE_S = 120.0
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")

@@ -83,7 +83,8 @@ class Lz4:
             pages = list(map(lz4.block.decompress, entries, repeat(PAGE_BYTES)))
         except lz4.block.LZ4BlockError:
             raise _corrupt(entries, self._one, lz4.block.LZ4BlockError) from None
-        if set(map(len, pages)) <= {PAGE_BYTES}:
+        # None can be longer than it was allowed to be: the sum is right only if each of them is.
+        if sum(map(len, pages)) == PAGE_BYTES * len(pages):
             return pages
         raise _corrupt(entries, self._one, lz4.block.LZ4BlockError)
 
@@ -136,7 +137,7 @@ class Zstd:
             pages = [decompress(entry, PAGE_BYTES) for entry in entries]
         except zstandard.ZstdError:
             raise _corrupt(entries, self._one, zstandard.ZstdError) from None
-        if set(map(len, pages)) <= {PAGE_BYTES}:
+        if all(len(page) == PAGE_BYTES for page in pages):
             return pages
         raise _corrupt(entries, self._one, zstandard.ZstdError)
 

@@ -141,13 +141,6 @@ def fits(lengths: I64, room: int) -> int:
     return int(np.searchsorted(np.cumsum(lengths + ENTRY_OVERHEAD), room, side="right"))
 
 
-def pages_touched(payload_end: int, count: int) -> int:
-    """System pages of a segment that hold something."""
-    low = -(-payload_end // PAGE_BYTES)
-    high = -(-count * DIRECTORY_ENTRY_BYTES // PAGE_BYTES)
-    return min(low + high, SEGMENT_BYTES // PAGE_BYTES)
-
-
 _GAP: Final = bytes(CHECK_BYTES)
 
 

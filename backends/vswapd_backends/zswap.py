@@ -213,6 +213,7 @@ class Zswap:
         builder.age = age
         builder.finish()
         self.arena.touched(segment, builder.payload_end, builder.count)
+        self.arena.finished(segment, builder.payload_end, builder.count)
         self._age[segment] = age
         self._stamp[segment] = stamp
         self._count[segment] = builder.count
@@ -226,8 +227,10 @@ class Zswap:
         """Close a stream's open segment; the next append opens another."""
         segment, builder = self._open.pop(stream)
         builder.finish()
-        if not self.live_entries[segment]:
-            self._return(segment)
+        if self.live_entries[segment]:
+            self.arena.finished(segment, builder.payload_end, builder.count)
+        else:
+            self._maybe_return(segment)
 
     # Entries die
 
@@ -274,27 +277,27 @@ class Zswap:
 
     # Load
 
-    def read(self, words_addresses: I64, places: Places) -> list[bytes | memoryview]:
+    def read(self, addresses: I64, lengths: I64) -> list[bytes | memoryview]:
         """The pages of n entries, in order.
 
         Args:
-            words_addresses: where the entries begin in the arena; shape (n,).
-            places: the same as places.
+            addresses: where the entries begin in the arena; shape (n,).
+            lengths: their compressed bytes; shape (n,).
 
         Raises:
             CorruptError: entries that do not decompress; they stay where they are, and are counted.
         """
-        entries = self.entries(words_addresses, places.length)
+        entries = self.entries(addresses, lengths)
         if len(self.pools) == 1:
-            return self._decode(self.pools[0], entries, places.length)
+            return self._decode(self.pools[0], entries, lengths)
         pages: list[bytes | memoryview] = [b""] * len(entries)
         corrupt: list[int] = []
-        of = self._pool[places.number]
+        of = self._pool[addresses // SEGMENT_BYTES]
         for pool in self.pools:
             which = np.flatnonzero(of == pool.index)
             picked = which.tolist()
             try:
-                decoded = self._decode(pool, [entries[i] for i in picked], places.length[which])
+                decoded = self._decode(pool, [entries[i] for i in picked], lengths[which])
             except CorruptError as error:
                 corrupt += [picked[i] for i in error.indices]
                 continue
@@ -319,10 +322,10 @@ class Zswap:
             self.corrupt_entries += len(error.indices)
             raise
 
-    def wrong(self, numbers: I64, addresses: I64, places: Places) -> list[int]:
+    def wrong(self, numbers: I64, addresses: I64, lengths: I64) -> list[int]:
         """Which of n entries do not agree with their checks: indices into the batch."""
-        entries = self.entries(addresses, places.length)
-        sequences = self._sequences[places.number]
+        entries = self.entries(addresses, lengths)
+        sequences = self._sequences[addresses // SEGMENT_BYTES]
         checks = get_checks(self.arena.bytes, addresses)
         found = digests(entries)
         bad: list[int] = []
@@ -413,8 +416,13 @@ class Zswap:
 
     @property
     def resident_bytes(self) -> int:
-        """What all pools together occupy."""
+        """What all pools together occupy, spare segments included."""
         return self.arena.resident_bytes
+
+    @property
+    def in_use_bytes(self) -> int:
+        """What the segments of all pools occupy; what limits are held against."""
+        return self.arena.in_use_bytes
 
     @property
     def needed_bytes(self) -> int:

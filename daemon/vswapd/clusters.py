@@ -7,7 +7,7 @@ generation rises and its page of table goes back, so ids of the old generation a
 a cluster whose generations are used up is retired instead of starting again.
 
 Invariants:
-- owner[c] is 0 exactly when no slot of c is allocated; used[c] counts the allocated ones.
+- key[c] is 0 exactly when no slot of c is allocated; used[c] counts the allocated ones.
 - A number below `limit` has a cluster that was handed out at some time.
 
 This module must not know what stands behind a slot: it asks the table only which words are FREE.
@@ -19,17 +19,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from vswapd.errors import BadSlotError, DuplicateSlotError, NoSlotsError
 from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, SwapTable
 from vswapd_backends.base import I64, U64
 
-U32 = npt.NDArray[np.uint32]
-
 _NUMBER_BITS: Final = 40
 _NUMBER_MASK: Final = (1 << _NUMBER_BITS) - 1
-_PREFIX_MASK: Final = (1 << 24) - 1
+_PREFIX_MASK: Final = ~_NUMBER_MASK
+_OWNER_MASK: Final = (1 << 32) - 1
 _GENERATIONS: Final = (1 << 16) - 1
 """How often a cluster is handed out: generations 1 to 65535."""
 _HINT: Final = "only slots that this space was given, and has not freed, can be used"
@@ -55,11 +53,10 @@ class Clusters:
         total = table.max_slots >> CLUSTER_SHIFT
         self.total: Final = total
         self._generation = np.zeros(total, np.uint16)
-        self._owner = np.zeros(total, np.uint32)
         self._used = np.zeros(total, np.uint16)
-        # What an id of the cluster begins with: shard, and generation counted from 1, so that
-        # 0 matches no id and an untouched entry costs no memory.
-        self._prefix = np.zeros(total, np.int32)
+        # Per cluster: what its ids begin with (shard, and generation counted from 1), and below it
+        # its owner; one comparison checks all three. 0, as of an untouched entry, fits nobody.
+        self._key: I64 = np.zeros(total + 1, np.int64)
         self._shard = shard
         self._limit = 0
         self._free: list[int] = []
@@ -68,8 +65,7 @@ class Clusters:
 
     def ids_of(self, numbers: I64) -> U64:
         """The ids of allocated slots; shape (n,)."""
-        prefix = self._prefix[numbers >> CLUSTER_SHIFT].astype(np.int64)
-        ids: I64 = (prefix << _NUMBER_BITS) | numbers
+        ids: I64 = (self._key[numbers >> CLUSTER_SHIFT] & _PREFIX_MASK) | numbers
         return ids.view(np.uint64)
 
     def resolve(self, owner: int, ids: U64) -> I64:
@@ -80,17 +76,9 @@ class Clusters:
         """
         signed = ids.view(np.int64)
         numbers = signed & _NUMBER_MASK
-        clusters = numbers >> CLUSTER_SHIFT
-        if len(ids) and int(clusters.max()) >= self._limit:
-            clusters = np.where(clusters < self._limit, clusters, 0)
-            known = (numbers >> CLUSTER_SHIFT) == clusters
-        else:
-            known = None
-        good = (self._prefix[clusters] == ((signed >> _NUMBER_BITS) & _PREFIX_MASK)) & (
-            self._owner[clusters] == owner
-        )
-        if known is not None:
-            good &= known
+        # What lies beyond the table finds the last key, which fits nobody.
+        keys = self._key.take(numbers >> CLUSTER_SHIFT, mode="clip")
+        good = keys == ((signed & _PREFIX_MASK) | owner)
         if not good.all():
             raise bad_slots(ids[~good])
         return numbers
@@ -166,16 +154,15 @@ class Clusters:
         else:
             cluster = self._limit
             self._limit += 1
-        self._owner[cluster] = slots.owner
-        self._prefix[cluster] = (self._shard << 16) | (int(self._generation[cluster]) + 1)
+        prefix = np.uint64((self._shard << 16) | (int(self._generation[cluster]) + 1))
+        self._key[cluster] = (prefix << np.uint64(_NUMBER_BITS)).view(np.int64) | slots.owner
         slots.partial[cluster] = None
         slots.clusters.add(cluster)
         self.in_use += 1
         return cluster
 
     def _retire_or_reuse(self, slots: SlotSet, clusters: I64) -> None:
-        self._owner[clusters] = 0
-        self._prefix[clusters] = 0
+        self._key[clusters] = 0
         for cluster in clusters.tolist():
             slots.partial.pop(cluster, None)
             slots.clusters.discard(cluster)
@@ -188,9 +175,9 @@ class Clusters:
         self.in_use -= len(clusters)
         self._table.give_back(clusters)
 
-    def owners_of(self, numbers: I64) -> U32:
-        """The spaces' numbers that n slots belong to; 0 for slots of no cluster."""
-        owners: U32 = self._owner[numbers >> CLUSTER_SHIFT]
+    def owners_of(self, clusters: I64) -> I64:
+        """The numbers of the spaces that clusters belong to; 0 where nothing is allocated."""
+        owners: I64 = self._key[clusters] & _OWNER_MASK
         return owners
 
     def open_clusters(self) -> I64:
@@ -199,7 +186,7 @@ class Clusters:
         Only their words may be looked at: reading a page of table that was given back brings it
         back.
         """
-        return np.flatnonzero(self._owner[: self._limit])
+        return np.flatnonzero(self._key[: self._limit])
 
     def used_counts(self, clusters: I64) -> I64:
         """Allocated slots of each of these clusters."""

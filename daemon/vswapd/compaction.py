@@ -5,7 +5,8 @@ The same walk as writeback, without the device: no I/O, so each step is atomic u
 Invariants:
 - Entries keep their reference bits, and the new segment the age of the youngest that went into it:
   compaction neither warms nor cools a page by more than its neighbours.
-- A step copies at most one segment's worth of entries and frees more memory than it takes.
+- A step copies at most one segment's worth of entries, and leaves at least one sparse segment less:
+  a step may free nothing by itself, but no sequence of steps goes on for ever.
 
 This module must not know when to compact: the shrinker and the stores decide.
 """
@@ -19,13 +20,15 @@ import numpy as np
 
 from vswapd.core import Core
 from vswapd.swap_table import Tag
-from vswapd_backends.base import I64, PAUSE, SEGMENT_BYTES, Operation, Places
-from vswapd_backends.segment import CAPACITY, join_payload
+from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, SEGMENT_BYTES, Operation, Places
+from vswapd_backends.segment import CAPACITY, fits, join_payload
 
 SPARSE: Final = 0.85
 """Segments of which less than this share is needed are worth copying together with others."""
-SPARSE_ALONE: Final = 0.70
-"""A segment that finds no partner is copied by itself only below this."""
+LEAST_GAIN: Final = 64 * 1024
+"""Memory that packing must free at least; less is not worth the copying."""
+_EDGES: Final = 2 * PAGE_BYTES
+"""Partly filled pages, at the payload's end and the directory's start, of a short segment."""
 SLACK: Final = 0.12
 """Share of the needed bytes that may lie waste before the compactor starts by itself: the bound on
 resident bytes is 1.25 times the compressed ones, directories and open segments included."""
@@ -47,12 +50,12 @@ class Compaction:
 
     def waste(self) -> int:
         """Pool memory that no live entry needs."""
-        return self._core.zswap.resident_bytes - self._core.zswap.needed_bytes
+        return self._core.zswap.in_use_bytes - self._core.zswap.needed_bytes
 
     def wanted(self) -> bool:
         """Whether enough lies waste for the compactor to start by itself. Cheap."""
         zswap = self._core.zswap
-        waste = zswap.resident_bytes - zswap.needed_bytes
+        waste = zswap.in_use_bytes - zswap.needed_bytes
         return waste > SLACK * zswap.needed_bytes + SEGMENT_BYTES * zswap.open_streams
 
     def step(self) -> CompactResult | None:
@@ -61,7 +64,7 @@ class Compaction:
         sources = self._choose()
         if not len(sources) or not zswap.arena.available:
             return None
-        before = zswap.resident_bytes
+        before = zswap.in_use_bytes
         stream = zswap.stream_of(int(sources[0]))
         target, builder = zswap.new_segment(stream)
         numbers, words, offsets, lengths = [], [], [], []
@@ -70,12 +73,13 @@ class Compaction:
             alive, current = core.live_words(
                 Tag.ZSWAP, segment, directory.numbers, directory.offsets
             )
-            live = directory.pick(alive)
-            if not len(live):
-                continue
+            count = fits(directory.lengths[alive], builder.room)
+            if not count:
+                break
+            live = directory.pick(alive[:count])
             entries = zswap.entries(live.offsets + segment * SEGMENT_BYTES, live.lengths)
             numbers.append(live.numbers)
-            words.append(current)
+            words.append(current[:count])
             lengths.append(live.lengths)
             offsets.append(
                 builder.add(
@@ -103,42 +107,40 @@ class Compaction:
         assert len(flipped) == len(length)
         moved = int(length.sum())
         core.stats.compact_bytes += moved
-        return CompactResult(moved, before - zswap.resident_bytes)
+        return CompactResult(moved, before - zswap.in_use_bytes)
 
     def _choose(self) -> I64:
-        """Sparse sealed segments of one stream that fit into one, sparsest first picked, by age."""
+        """Sparse sealed segments of one stream, the sparsest, enough to fill one; by age.
+
+        Empty if packing all sparse segments of that stream would not free enough.
+        """
         zswap = self._core.zswap
         none = np.empty(0, np.int64)
         segments = zswap.sealed(zswap.oldest_first())
         need = zswap.footprints(segments)
-        occupied = zswap.arena.occupied(segments)
         # Measured against what they occupy: a segment sealed early is small, not sparse.
-        sparse = need < SPARSE * occupied
-        segments, need, occupied = segments[sparse], need[sparse], occupied[sparse]
-        if not len(segments):
+        occupied = zswap.arena.occupied(segments)
+        share = need / np.maximum(occupied, 1)
+        if not (share < SPARSE).any():
             return none
-        order = np.argsort(need / occupied, kind="stable")
-        first = int(segments[order[0]])
-        stream = zswap.stream_of(first)
-        same = order[zswap.in_stream(segments[order], stream)]
-        count = int(np.searchsorted(np.cumsum(need[same]), CAPACITY, side="right"))
-        chosen = same[:count]
-        total = int(need[chosen].sum())
-        freed = int(occupied[chosen].sum())
-        if len(chosen) == 1 and total > SPARSE_ALONE * freed:
+        stream = zswap.stream_of(int(segments[np.argmin(share)]))
+        which = np.flatnonzero((share < SPARSE) & zswap.in_stream(segments, stream))
+        order = which[np.argsort(share[which], kind="stable")]
+        total = int(need[order].sum())
+        packed = -(-total // CAPACITY) * SEGMENT_BYTES
+        if int(occupied[order].sum()) - min(packed, total + _EDGES) < LEAST_GAIN:
             return none
-        # Two partly filled pages, payload's end and directory's start, come with a new segment.
-        if total + 2 * 4096 >= freed:
-            return none
-        picked = segments[chosen]
+        count = int(np.searchsorted(np.cumsum(need[order]), CAPACITY, side="right")) + 1
+        picked = segments[order[:count]]
         ages = np.array([zswap.age_of(s) for s in picked.tolist()])
         return picked[np.argsort(ages)]
 
     def run(self) -> Operation[CompactResult]:
         """Compact until no step pays any more."""
-        moved = freed = 0
+        before = self._core.zswap.resident_bytes
+        moved = 0
         while (step := self.step()) is not None:
             moved += step.moved_bytes
-            freed += step.freed_bytes
             yield PAUSE
-        return CompactResult(moved, freed)
+        self._core.zswap.arena.trim()
+        return CompactResult(moved, before - self._core.zswap.resident_bytes)

@@ -60,6 +60,7 @@ class Core:
         self.pool_was_full = False
         """The pool refused, and has not been at or below the accept threshold since."""
         self._budget_day = -1.0
+        arena.most_bytes = settings.pool_max
         self._budget_used = 0
 
     # Words
@@ -153,7 +154,7 @@ class Core:
 
     def pool_room(self) -> int:
         """Bytes that the pool may still grow by; negative when over its limit."""
-        return self.settings.pool_max - self.zswap.resident_bytes
+        return self.settings.pool_max - self.zswap.in_use_bytes
 
     def budget_left(self) -> int | None:
         """Bytes that may still be written back today; None: any number."""

@@ -51,7 +51,7 @@ class Room:
         if room is not None and compressed.compressed_bytes > room:
             return Refusal.GROUP
         if core.pool_was_full:
-            if zswap.resident_bytes > settings.accept_threshold * settings.pool_max:
+            if zswap.in_use_bytes > settings.accept_threshold * settings.pool_max:
                 return Refusal.FULL
             core.pool_was_full = False
         if zswap.growth(compressed.lengths) > core.pool_room():
@@ -81,10 +81,8 @@ class Room:
 
     def _reclaim(self, only: Group | None) -> Operation[bool]:
         """One step towards more room; False if there is none to make."""
-        if only is None:
-            compacted = self._compaction.step()
-            if compacted is not None and compacted.freed_bytes > 0:
-                return True
+        if only is None and self._compaction.step() is not None:
+            return True
         written = yield from self._writeback.write_extent(Cause.RECLAIM, only)
         if written.stopped is None:
             return True

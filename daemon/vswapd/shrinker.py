@@ -1,8 +1,9 @@
 """The shrinker's policy: how much should go now (count), and making that much go (scan).
 
-It does, in this order: discards, compaction where enough lies waste, writeback down to the low
-watermark once the high one was passed, writeback for groups over their limit, merging of sparse
-extents on a device that is nearly full, writeback of what has been idle for long.
+It does, in this order: discards, trimming of spare segments, compaction where enough lies waste,
+merging of sparse extents on a device that is nearly full, writeback down to the low watermark once
+the high one was passed, writeback for groups over their limit, writeback of what has been idle for
+long.
 
 Invariants:
 - When nothing can be done (no device, device full, budget spent, writeback off) count is 0, and
@@ -28,6 +29,8 @@ from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import SEGMENT_BYTES, Operation
 
 _DAY: Final = 86400.0
+_SPARE_AGE: Final = 1.0
+"""Seconds that freed pool memory is kept for reuse before it goes back to the system."""
 _WHY: Final = {
     Stop.NO_DEVICE: "no swap device",
     Stop.DEVICE_FULL: "swap devices are full",
@@ -50,12 +53,13 @@ class Shrinker:
         self._compaction = compaction
         self._moves = moves
         self.doing = "idle"
-        """`idle`, `compacting`, `writing back`, `merging extents`, `discarding`."""
+        """`idle`, `discarding`, `trimming`, `compacting`, `merging extents`, `writing back`."""
         self.why = "below the watermarks"
         """Why it idles, or why it works."""
         self.last_bytes = 0
         """Bytes that the last scan made go."""
         self._working = False
+        self._spare_since: float | None = None
         self._protected = 0
         self._tokens = 0.0
         self._tokens_at = core.clock()
@@ -76,7 +80,8 @@ class Shrinker:
         """Whether waking the thread might be worth it. Cheap: asked after every request."""
         core = self._core
         return (
-            core.zswap.resident_bytes > core.settings.high_watermark * core.settings.pool_max
+            core.zswap.in_use_bytes > core.settings.high_watermark * core.settings.pool_max
+            or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._compaction.wanted()
         )
@@ -84,9 +89,11 @@ class Shrinker:
     def next_wakeup(self) -> float | None:
         """The clock's time at which there may be work although nothing happens until then."""
         core, settings = self._core, self._core.settings
-        times = []
+        times: list[float] = []
+        if self._spare_since is not None:
+            times.append(self._spare_since + _SPARE_AGE)
         if not settings.shrinker_enabled:
-            return None
+            return min(times, default=None)
         if settings.idle_age and core.devices.any:
             segments = core.zswap.oldest_first()
             if len(segments):
@@ -110,6 +117,9 @@ class Shrinker:
         settings = self._core.settings
         if self._core.devices.discards_waiting:
             return self._say("discarding", "extents were given up", SEGMENT_BYTES)
+        if self._trim_is_due():
+            spare = self._core.zswap.arena.spare_bytes
+            return self._say("trimming", "segments that nobody reused", spare)
         if not settings.shrinker_enabled:
             return self._say("idle", "switched off (shrinker.enabled)", 0)
         if self._is_stalled():
@@ -128,6 +138,15 @@ class Shrinker:
             return self._say("idle", "held back by shrinker.rate", 0)
         return self._say("writing back", why, excess)
 
+    def _trim_is_due(self) -> bool:
+        if not self._core.zswap.arena.spare_bytes:
+            self._spare_since = None
+            return False
+        now = self._core.clock()
+        if self._spare_since is None:
+            self._spare_since = now
+        return now - self._spare_since >= _SPARE_AGE
+
     def _say(self, doing: str, why: str, count: int) -> int:
         self.doing = doing
         self.why = why
@@ -136,7 +155,7 @@ class Shrinker:
     def _excess(self) -> tuple[int, str]:
         """Bytes over what the limits want to see in the pool, and which of them."""
         core, settings = self._core, self._core.settings
-        resident = core.zswap.resident_bytes
+        resident = core.zswap.in_use_bytes
         if resident > settings.high_watermark * settings.pool_max:
             self._working = True
         floor = int(settings.low_watermark * settings.pool_max)
@@ -193,7 +212,7 @@ class Shrinker:
         doing = self.doing
         gone = yield from self._scan(doing, nbytes)
         self.last_bytes = gone
-        if gone == 0 and doing != "discarding":
+        if gone == 0 and doing not in {"discarding", "trimming"}:
             self._stalled_at = self._signature()
         return gone
 
@@ -202,12 +221,17 @@ class Shrinker:
             case "discarding":
                 extents = yield from self._core.devices.discard()
                 return extents * SEGMENT_BYTES
+            case "trimming":
+                self._spare_since = None
+                return self._core.zswap.arena.trim()
             case "compacting":
                 step = self._compaction.step()
-                if step is None or step.freed_bytes <= 0:
+                if not self._compaction.wanted():
+                    self._core.zswap.arena.trim()
+                if step is None:
                     self.why = "what is left of the dead entries is not worth copying"
                     return 0
-                return step.freed_bytes
+                return step.moved_bytes
             case "merging extents":
                 freed = yield from self._moves.merge()
                 return freed * SEGMENT_BYTES

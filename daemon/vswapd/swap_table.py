@@ -79,7 +79,8 @@ def tags_of(words: U64) -> I64:
 
 def all_tagged(words: U64, tag: Tag) -> bool:
     """Whether every word has this tag; looks at each of them, not at the first."""
-    return bool(((words & _TAG_MASK) == tag).all())
+    # int(): numpy takes its time to find out what an enum member is.
+    return bool(((words & _TAG_MASK) == int(tag)).all())
 
 
 def places_of(words: U64) -> Places:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from vswapd.clusters import slots_of
 from vswapd.core import Core
 from vswapd.swap_table import (
-    CLUSTER_SHIFT,
     CLUSTER_SLOTS,
     TAGS,
     Tag,
@@ -81,7 +80,7 @@ def _check_pool(core: Core, numbers: I64, report: VerifyReport) -> None:
         return
     places = places_of(words)
     addresses = places.number * SEGMENT_BYTES + places.offset
-    bad = set(core.zswap.wrong(numbers, addresses, places))
+    bad = set(core.zswap.wrong(numbers, addresses, places.length))
     good = np.array([i for i in range(len(numbers)) if i not in bad], np.int64)
     entries = core.zswap.entries(addresses, places.length)
     pools = core.zswap.pools_of(places.number)
@@ -222,7 +221,7 @@ def _check_groups(core: Core, words: U64, tags: I64) -> list[str]:
     """The charges of groups, and the counts of spaces, are what their words add up to."""
     spaces = sorted(core.spaces.values(), key=lambda space: space.id)
     ids = np.array([space.id for space in spaces], np.int64)
-    owners = core.clusters.owners_of(core.clusters.open_clusters() << CLUSTER_SHIFT)
+    owners = core.clusters.owners_of(core.clusters.open_clusters())
     if not np.isin(owners, ids).all():
         return ["some clusters belong to spaces that do not exist"]
     of_slot = np.repeat(np.searchsorted(ids, owners), CLUSTER_SLOTS)

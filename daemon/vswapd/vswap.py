@@ -45,6 +45,7 @@ from vswapd.swap_table import (
     Tag,
     addresses_of,
     all_tagged,
+    lengths_of,
     make_words,
     places_of,
     tags_of,
@@ -340,7 +341,8 @@ class Engine:
             BadSlotError, UnbackedError: some slots have no page.
             PageLostError: some pages could not be had; the others can be loaded without them.
         """
-        numbers, words = self._resolve(space, slots)
+        numbers = self.core.clusters.resolve(space.id, slots)
+        words = self.core.table.words[numbers]
         if all_tagged(words, Tag.ZSWAP):
             try:
                 pages = self._read_zswap(numbers, words)
@@ -353,15 +355,15 @@ class Engine:
         return pages
 
     def _read_zswap(self, numbers: I64, words: U64) -> list[bytes | memoryview]:
-        places = places_of(words)
         addresses = addresses_of(words)
+        lengths = lengths_of(words)
         zswap = self.core.zswap
         if self.core.settings.verify == "always":
-            wrong = zswap.wrong(numbers, addresses, places)
+            wrong = zswap.wrong(numbers, addresses, lengths)
             if wrong:
                 zswap.corrupt_entries += len(wrong)
                 raise CorruptError(sorted(wrong))
-        return zswap.read(addresses, places)
+        return zswap.read(addresses, lengths)
 
     def _lost(self, slots: U64) -> PageLostError:
         self.core.stats.lost_pages += len(slots)
@@ -374,6 +376,8 @@ class Engine:
     def _load_mixed(
         self, slots: U64, numbers: I64, words: U64
     ) -> Operation[list[bytes | memoryview]]:
+        if not words.all():
+            raise bad_slots(slots[words == 0])
         tags = tags_of(words)
         unbacked = tags == Tag.UNBACKED
         if unbacked.any():
@@ -479,6 +483,7 @@ class Engine:
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
         self.core.settings = settings
+        self.core.zswap.arena.most_bytes = settings.pool_max
         self.core.groups.apply(settings)
         self.shrinker.settings_changed()
         self._nudge()

@@ -55,38 +55,64 @@ def candidates(
     return places
 
 
+class Search:
+    """A walk through the candidates, which remembers why none was taken."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.places = candidates(path, os.environ, os.getuid())
+        self._tried: list[str] = []
+
+    def note(self, candidate: Candidate, error: OSError) -> None:
+        """One was not reached."""
+        self._tried.append(f"  {candidate.path} ({candidate.origin}): {_explain(error)}")
+
+    def failure(self) -> NoDaemon:
+        """None was."""
+        return NoDaemon(
+            "no vswapd answers:\n"
+            + "\n".join(self._tried)
+            + "\nStart one (systemctl start vswapd.socket, or vswapd serve), or name its socket"
+            + f" with the path argument or ${VARIABLE}."
+        )
+
+
 def open_socket(path: str | os.PathLike[str] | None, timeout: float | None) -> socket.socket:
     """A connected, blocking socket to the first daemon that answers.
 
     Raises:
         NoDaemon: none does; the text says where it was looked for and what to do.
     """
-    tried: list[str] = []
-    for candidate in candidates(path, os.environ, os.getuid()):
+    search = Search(path)
+    for candidate in search.places:
         try:
-            return _connect(candidate, timeout)
+            sock = unconnected_socket(candidate)
         except OSError as error:
-            tried.append(f"  {candidate.path} ({candidate.origin}): {_explain(error)}")
-    raise NoDaemon(
-        "no vswapd answers:\n"
-        + "\n".join(tried)
-        + "\nStart one (systemctl start vswapd.socket, or vswapd serve), or name its socket with"
-        + f" the path argument or ${VARIABLE}."
-    )
+            search.note(candidate, error)
+            continue
+        try:
+            sock.settimeout(timeout)
+            sock.connect(os.fspath(candidate.path))
+            sock.settimeout(None)
+        except OSError as error:
+            sock.close()
+            search.note(candidate, error)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock
+    raise search.failure()
 
 
-def _connect(candidate: Candidate, timeout: float | None) -> socket.socket:
+def unconnected_socket(candidate: Candidate) -> socket.socket:
+    """A socket for this candidate.
+
+    Raises:
+        OSError: the place is not to be trusted, or is not there.
+    """
     if candidate.private:
         _check_private(candidate.path.parent)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.settimeout(timeout)
-        sock.connect(os.fspath(candidate.path))
-        sock.settimeout(None)
-    except BaseException:
-        sock.close()
-        raise
-    return sock
+    return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
 
 
 def _check_private(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""Callers' objects as plain bytes: pages, slots, and whole objects with their shape.
+"""Callers' objects as plain bytes: pages to send, pages to fill, slots.
 
 Invariants:
 - Nothing is copied: views look into the caller's memory. The two exceptions are slot lists (8 bytes
@@ -10,8 +10,7 @@ This module must not know frames, sockets, or the daemon.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,13 +42,18 @@ def byte_view(buffer: Buffer) -> View:
             f"{type(buffer).__name__} has no bytes to take: give bytes, an array, a memoryview, ..."
         ) from None
     except ValueError:  # numpy types that memoryview cannot name, such as datetime64
-        return _bytes_of_array(np.asarray(buffer)).data
+        return bytes_of_array(np.asarray(buffer)).data
     if view.format == "B" and view.ndim == 1 and view.c_contiguous:
         return view
-    return _bytes_of_array(np.asarray(buffer)).data
+    return bytes_of_array(np.asarray(buffer)).data
 
 
-def _bytes_of_array(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+def bytes_of_array(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+    """An array's bytes in the order they have in memory, as a row.
+
+    Raises:
+        BadBuffer: it has gaps, or holds Python objects.
+    """
     if array.dtype.hasobject:
         raise BadBuffer("an array of Python objects holds addresses, not data: convert it first")
     if not array.flags.c_contiguous:
@@ -123,71 +127,3 @@ def slots_of(slots: Slots) -> U64:
             f" not {given.dtype} of shape {given.shape}"
         )
     return np.array(np.atleast_1d(given), np.uint64)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Form:
-    """What an object was, beside its bytes: enough to build it again from them."""
-
-    nbytes: int
-    length: int | None
-    """What len() of it was; None for arrays without dimensions."""
-    dtype: np.dtype[Any] | None = None
-    """None: it was no array, and its bytes are all of it."""
-    shape: tuple[int, ...] = ()
-    order: Literal["C", "F"] = "C"
-
-    def build(self, content: View) -> Any:
-        """The object again, over `content` (`nbytes` bytes): an array, or the bytes themselves."""
-        if self.dtype is None:
-            return content
-        if not self.nbytes:
-            return np.empty(self.shape, self.dtype, order=self.order)
-        flat = np.frombuffer(content, self.dtype)
-        return flat.reshape(self.shape, order=self.order)
-
-    def target(self, into: Buffer) -> View:
-        """The bytes of `into`, checked to be able to hold this object.
-
-        An array must be of the same kind, shape and order in memory; any other buffer gets the
-        bytes.
-
-        Raises:
-            BadBuffer: it cannot.
-        """
-        if self.dtype is not None and isinstance(into, np.ndarray):
-            same_order = into.flags.f_contiguous if self.order == "F" else into.flags.c_contiguous
-            if into.dtype != self.dtype or into.shape != self.shape or not same_order:
-                raise BadBuffer(
-                    f"the array that was put is {self.dtype} {self.shape} in order {self.order},"
-                    f" and does not fit into {into.dtype} {into.shape}"
-                )
-        return target_of(into, self.nbytes)
-
-
-def take_apart(source: Buffer) -> tuple[View, Form]:
-    """An object's bytes and its form. An array with gaps is copied, in C order.
-
-    Raises:
-        BadBuffer: it has no bytes, or they are not all of it.
-    """
-    if not isinstance(source, np.ndarray):
-        view = byte_view(source)
-        return view, Form(nbytes=view.nbytes, length=view.nbytes)
-    if isinstance(source, np.ma.MaskedArray):
-        raise BadBuffer("a masked array would lose its mask: put its data and its mask")
-    array: npt.NDArray[Any] = np.asarray(source)
-    order: Literal["C", "F"] = "C"
-    if not array.flags.c_contiguous:
-        if array.flags.f_contiguous:
-            order = "F"
-        else:
-            array = np.ascontiguousarray(array)
-    form = Form(
-        nbytes=array.nbytes,
-        length=array.shape[0] if array.ndim else None,
-        dtype=array.dtype,
-        shape=array.shape,
-        order=order,
-    )
-    return _bytes_of_array(array).data, form

@@ -75,8 +75,9 @@ class Conversation:
         self._last_id += 1
         call.in_flight += 1
         self._unanswered.append((self._last_id, call, frame))
+        body, frame.body = frame.body, []  # only what is being sent holds on to the pages
         body_bytes = 0
-        for view in frame.body:
+        for view in body:
             body_bytes += len(view)
         header = pack_header(
             frame.op,
@@ -85,7 +86,7 @@ class Conversation:
             flags=frame.flags,
             request_id=self._last_id,
         )
-        return [memoryview(header), *frame.body]
+        return [memoryview(header), *body]
 
     def arrived(self, count: int) -> Call | None:
         """`count` bytes were put into `wanted`.

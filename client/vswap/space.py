@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from vswap.address import client_name, open_socket
 from vswap.buffers import (
-    Form,
     empty_bytes,
     padded_pages_of,
     pages_of,
     slots_of,
-    take_apart,
     target_of,
 )
 from vswap.connection import Connection
-from vswap.errors import U64, HandleFreed
+from vswap.errors import U64
+from vswap.handle import Form, Receiver, StoredObject, take_apart
 from vswap.peer import Peer, hello, parse_document, parse_hello
 from vswap.planner import Ask, Free, Load, Overwrite, Pages, Store, View
 from vswap.protocol import PAGE_BYTES, Op
@@ -173,24 +172,12 @@ class Space:
         self._connection.run(call)
         return Handle(self, call.result(), form)
 
-    def load_form(self, slots: U64, form: Form, into: Buffer | None) -> Any:
-        """For Handle: the object that was put into `slots`, or `into` filled with it."""
-        if into is None:
-            padded = empty_bytes(len(slots) * PAGE_BYTES)
-            pages, content = Pages(padded), padded[: form.nbytes]
-        else:
-            content = form.target(into)
-            whole = form.nbytes - form.nbytes % PAGE_BYTES
-            tail = empty_bytes(PAGE_BYTES) if whole < form.nbytes else None
-            pages = Pages(content[:whole], tail)
-        call = Load(slots, pages, self._frame_pages)
+    def receive(self, slots: U64, receiver: Receiver) -> Any:
+        """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
+        call = Load(slots, receiver.pages, self._frame_pages)
         self._connection.run(call)
         call.result()
-        if into is None:
-            return form.build(content)
-        if pages.tail is not None:
-            content[pages.whole.nbytes :] = pages.tail[: form.nbytes - pages.whole.nbytes]
-        return into
+        return receiver.finish()
 
     def status(self) -> dict[str, Any]:
         """The daemon's status document, as `vswapctl status --json` prints it."""
@@ -224,38 +211,15 @@ class Space:
         return f"<vswap.Space {self.peer.space} at {self.peer.daemon}, {state}>"
 
 
-class Handle:
+class Handle(StoredObject):
     """An object that was put; a context manager that frees it.
 
-    A handle that is only forgotten keeps its pages until it is freed or the space is closed.
+    A handle that is only forgotten keeps its pages until the space is closed.
     """
 
     def __init__(self, space: Space, slots: U64, form: Form) -> None:
+        super().__init__(slots, form)
         self._space = space
-        self._slots: U64 | None = slots
-        self._form = form
-
-    @property
-    def slots(self) -> U64:
-        """The slots it stands in; the last page is filled up with zeros.
-
-        Raises:
-            HandleFreed: it stands nowhere any more.
-        """
-        if self._slots is None:
-            raise HandleFreed("this handle was freed; its pages are gone")
-        return self._slots
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the object."""
-        return self._form.nbytes
-
-    def __len__(self) -> int:
-        """What len() of the object was."""
-        if self._form.length is None:
-            raise TypeError("an array without dimensions has no length")
-        return self._form.length
 
     @overload
     def get(self) -> Any: ...
@@ -272,7 +236,7 @@ class Handle:
             HandleFreed: it was freed.
             PageLost, BadBuffer, ConnectionLost: as Space.load.
         """
-        return self._space.load_form(self.slots, self._form, into)
+        return self._space.receive(self.slots, Receiver(self.form, into))
 
     def free(self) -> None:
         """Give its pages back. Once.
@@ -281,13 +245,7 @@ class Handle:
             HandleFreed: it was freed before.
             ConnectionLost: the space is gone, and the pages with it.
         """
-        slots, self._slots = self.slots, None
-        self._space.free(slots)
-
-    @property
-    def freed(self) -> bool:
-        """Whether `free` was called."""
-        return self._slots is None
+        self._space.free(self.give_up())
 
     def __enter__(self) -> Self:
         return self
@@ -295,6 +253,3 @@ class Handle:
     def __exit__(self, *_: object) -> None:
         if not self.freed and not self._space.closed:
             self.free()
-
-    def __repr__(self) -> str:
-        return f"<vswap.Handle of {self.nbytes} bytes{', freed' if self.freed else ''}>"

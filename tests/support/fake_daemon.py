@@ -173,8 +173,7 @@ class FakeDaemon:
                 return _listed(Status.BAD_SLOT, bad)
         else:
             slots = list(range(self._next_slot, self._next_slot + count))
-        held = sum(page is not None for slot, page in self.pages.items() if slot not in slots)
-        if held + count > self._capacity:
+        if self._held_besides(slots) + count > self._capacity:
             if header.flags & Flag.SLOTS:
                 self.pages.update(dict.fromkeys(slots))
             text = protocol.error_body("the pool is full")
@@ -183,6 +182,10 @@ class FakeDaemon:
         for index, slot in enumerate(slots):
             self.pages[slot] = body[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]
         return 0, pack_slots(slots), count, 0
+
+    def _held_besides(self, slots: list[int]) -> int:
+        held = sum(page is not None for page in self.pages.values())
+        return held - sum(self.pages.get(slot) is not None for slot in slots)
 
 
 def _listed(status: Status, slots: list[int]) -> tuple[int, bytes, int, int]:

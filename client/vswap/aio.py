@@ -1,0 +1,195 @@
+"""The client for asyncio: as `vswap.connect`, with `await` before every call.
+
+    async with vswap.aio.connect() as space:
+        slots = await space.store(pages)
+        data = await space.load(slots)
+
+Invariants:
+- Many tasks may use one space at once; their requests are pipelined, in the order of the calls.
+- A buffer given to a call belongs to it until the call is over, or is cancelled: from then on it is
+  not touched any more.
+- Cancelling a call keeps the connection in step: what was sent is answered and thrown away. A
+  cancelled store of new pages is undone. A cancelled overwrite or free may have taken effect, in
+  whole or in part.
+
+This module must not know the wire.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+
+from vswap.address import client_name
+from vswap.aio_connection import AsyncConnection, open_async
+from vswap.buffers import empty_bytes, padded_pages_of, pages_of, slots_of, target_of
+from vswap.errors import U64
+from vswap.handle import Form, Receiver, StoredObject, take_apart
+from vswap.peer import Peer, hello, parse_document, parse_hello
+from vswap.planner import Ask, Free, Load, Overwrite, Pages, Store, View
+from vswap.protocol import PAGE_BYTES, Op
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Generator
+
+    from vswap.buffers import Buffer, Slots
+
+_B = TypeVar("_B", bound="Buffer")
+
+
+class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
+    """Connect to a daemon and open a space there: `await` it, or `async with` it.
+
+    Arguments and errors are those of `vswap.connect`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        timeout: float | None = None,
+        name: str | None = None,
+    ) -> None:
+        self._path = path
+        self._timeout = timeout
+        self._name = name
+        self._space: Space | None = None
+
+    async def _open(self) -> Space:
+        connection = await open_async(self._path, self._timeout)
+        try:
+            call = hello(client_name(self._name))
+            await connection.run(call)
+            peer = parse_hello(call.result())
+        except BaseException:
+            connection.close()
+            raise
+        connection.conversation.window = peer.window
+        return Space(connection, peer)
+
+    def __await__(self) -> Generator[Any, None, Space]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Space:
+        self._space = await self._open()
+        return self._space
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._space is not None:
+            await self._space.close()
+
+
+class Space:
+    """One client's set of slots in the daemon; the methods are those of `vswap.Space`.
+
+    Belongs to the event loop that it was made in.
+    """
+
+    def __init__(self, connection: AsyncConnection, peer: Peer) -> None:
+        self._connection = connection
+        self._frame_pages = peer.frame_pages
+        self.peer = peer
+        """What the daemon said of itself."""
+
+    async def store(self, pages: Buffer, slots: Slots | None = None) -> U64:
+        """As `vswap.Space.store`; cancelled, it stores no new pages."""
+        source = pages_of(pages)
+        call = (
+            Store(source, self._frame_pages)
+            if slots is None
+            else Overwrite(slots_of(slots), source, self._frame_pages)
+        )
+        await self._connection.run(call)
+        return call.result()
+
+    @overload
+    async def load(self, slots: Slots) -> View: ...
+    @overload
+    async def load(self, slots: Slots, into: _B) -> _B: ...
+    async def load(self, slots: Slots, into: Buffer | None = None) -> Buffer:
+        """As `vswap.Space.load`; cancelled, it leaves `into` as far filled as it was."""
+        wanted = slots_of(slots)
+        size = len(wanted) * PAGE_BYTES
+        target = empty_bytes(size) if into is None else target_of(into, size)
+        call = Load(wanted, Pages(target), self._frame_pages)
+        await self._connection.run(call)
+        call.result()
+        return target if into is None else into
+
+    async def free(self, slots: Slots) -> None:
+        """As `vswap.Space.free`."""
+        call = Free(slots_of(slots), self._frame_pages)
+        await self._connection.run(call)
+        call.result()
+
+    async def put(self, source: Buffer) -> Handle:
+        """As `vswap.Space.put`."""
+        content, form = take_apart(source)
+        call = Store(padded_pages_of(content), self._frame_pages)
+        await self._connection.run(call)
+        return Handle(self, call.result(), form)
+
+    async def receive(self, slots: U64, receiver: Receiver) -> Any:
+        """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
+        call = Load(slots, receiver.pages, self._frame_pages)
+        await self._connection.run(call)
+        call.result()
+        return receiver.finish()
+
+    async def status(self) -> dict[str, Any]:
+        """As `vswap.Space.status`."""
+        call = Ask(Op.STATUS)
+        await self._connection.run(call)
+        return parse_document(call.result(), "status")
+
+    async def ping(self) -> None:
+        """As `vswap.Space.ping`."""
+        call = Ask(Op.PING)
+        await self._connection.run(call)
+        call.result()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the connection, and with it every slot, is gone."""
+        return self._connection.closed
+
+    async def close(self) -> None:
+        """End the connection; the daemon frees everything. Calls that run fail: ConnectionLost."""
+        self._connection.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else "open"
+        return f"<vswap.aio.Space {self.peer.space} at {self.peer.daemon}, {state}>"
+
+
+class Handle(StoredObject):
+    """An object that was put; `async with` frees it. As `vswap.Handle`."""
+
+    def __init__(self, space: Space, slots: U64, form: Form) -> None:
+        super().__init__(slots, form)
+        self._space = space
+
+    @overload
+    async def get(self) -> Any: ...
+    @overload
+    async def get(self, into: _B) -> _B: ...
+    async def get(self, into: Buffer | None = None) -> Any:
+        """As `vswap.Handle.get`."""
+        return await self._space.receive(self.slots, Receiver(self.form, into))
+
+    async def free(self) -> None:
+        """As `vswap.Handle.free`."""
+        await self._space.free(self.give_up())
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if not self.freed and not self._space.closed:
+            await self.free()

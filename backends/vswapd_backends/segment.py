@@ -228,11 +228,13 @@ class ImageBuilder:
         self, numbers: I64, lengths: I64, payload: bytes | bytearray | memoryview, plain: U64
     ) -> I64:
         """Append entries that fit (see `fits`); `payload` as of join_payload. Returns offsets."""
-        ends = np.cumsum(lengths + CHECK_BYTES) + self.payload_end
-        offsets = ends - lengths - CHECK_BYTES
-        end = int(ends[-1])
-        assert len(payload) == end - self.payload_end
-        assert len(numbers) * ENTRY_OVERHEAD + int(lengths.sum()) <= self.room
+        end = self.payload_end + len(payload)
+        assert end + (self.count + len(numbers)) * DIRECTORY_ENTRY_BYTES <= SEGMENT_BYTES
+        footprints = lengths + CHECK_BYTES
+        offsets = footprints.cumsum()
+        offsets += self.payload_end
+        assert int(offsets[-1]) == end
+        offsets -= footprints
         self.buffer[self.payload_end : end] = payload
         put_checks(self._bytes, offsets, salted(plain, numbers, self.sequence))
         self._append_directory(directory_words(numbers, lengths))

@@ -21,11 +21,12 @@ _SAMPLE: Final = 64
 percent more; 0.07 us per page against 0.16 (or-reduce) and 0.23 (any) for looking at every word."""
 
 
-def zero_pages(words: U64) -> npt.NDArray[np.bool_]:
-    """Which pages are all zero; `words` has shape (n, 512), the result (n,)."""
+def zero_pages(words: U64) -> npt.NDArray[np.bool_] | None:
+    """Which pages are all zero; `words` has shape (n, 512), the result (n,). None: none is."""
     assert words.shape[1] == _PAGE_WORDS
-    zero: npt.NDArray[np.bool_] = np.logical_not(words[:, ::_SAMPLE].any(axis=1))
-    candidates = np.flatnonzero(zero)
-    if len(candidates):
-        zero[candidates] = np.logical_not(words[candidates].any(axis=1))
-    return zero
+    zero: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words[:, ::_SAMPLE], axis=1) == 0
+    candidates = zero.nonzero()[0]
+    if not len(candidates):
+        return None
+    zero[candidates] = np.logical_not(words[candidates].any(axis=1))
+    return zero if zero.any() else None

@@ -64,21 +64,24 @@ class Compressed:
     lengths: I64
     plain: U64
     """Unsalted digests of the entries."""
+    compressed_bytes: int
+    """Sum of the lengths: asked for so often that it is kept."""
 
     def __len__(self) -> int:
         return len(self.entries)
 
     @property
-    def compressed_bytes(self) -> int:
-        """Sum of the lengths."""
-        return int(self.lengths.sum())
+    def footprint(self) -> int:
+        """Bytes of segments that the entries take, overhead included."""
+        return self.compressed_bytes + ENTRY_OVERHEAD * len(self.entries)
 
     def slice(self, first: int, last: int) -> Compressed:
         """Entries first to last - 1."""
         if first == 0 and last == len(self.entries):
             return self
+        lengths = self.lengths[first:last]
         return Compressed(
-            self.pool, self.entries[first:last], self.lengths[first:last], self.plain[first:last]
+            self.pool, self.entries[first:last], lengths, self.plain[first:last], int(lengths.sum())
         )
 
 
@@ -134,15 +137,17 @@ class Zswap:
 
     # Append
 
-    def growth(self, lengths: I64) -> int:
-        """The most bytes by which the arena grows if entries of these lengths are appended."""
-        total = int(lengths.sum()) + len(lengths) * ENTRY_OVERHEAD
+    @staticmethod
+    def growth(compressed: Compressed) -> int:
+        """The most bytes by which the arena grows if these entries are appended."""
+        total = compressed.footprint
         return total + _TWO_PAGES * (2 + total // (CAPACITY - PAGE_BYTES))
 
-    def has_segments_for(self, lengths: I64) -> bool:
-        """Whether the arena has segments enough for entries of these lengths."""
-        total = int(lengths.sum()) + len(lengths) * ENTRY_OVERHEAD
-        return self.arena.available >= 2 + total // (CAPACITY - PAGE_BYTES - ENTRY_OVERHEAD)
+    def has_segments_for(self, compressed: Compressed) -> bool:
+        """Whether the arena has segments enough for these entries."""
+        return self.arena.available >= 2 + compressed.footprint // (
+            CAPACITY - PAGE_BYTES - ENTRY_OVERHEAD
+        )
 
     def append(self, group: int, numbers: I64, compressed: Compressed, now: float) -> Places:
         """Append entries for n slots to a stream; they count as live from now on.
@@ -154,10 +159,13 @@ class Zswap:
         first = 0
         while first < len(compressed):
             segment, builder = self._open.get(stream) or self._open_segment(stream)
-            last = first + fits(compressed.lengths[first:], builder.room)
-            if last == first:
-                self.seal(stream)
-                continue
+            if first == 0 and compressed.footprint <= builder.room:
+                last = len(compressed)
+            else:
+                last = first + fits(compressed.lengths[first:], builder.room)
+                if last == first:
+                    self.seal(stream)
+                    continue
             portion = compressed.slice(first, last)
             offsets = builder.add(
                 numbers[first:last],

@@ -95,11 +95,12 @@ class Clusters:
         parts: list[I64] = []
         missing = count
         words = self._table.words
-        for cluster in list(slots.partial):
-            if not missing:
-                break
+        while missing and slots.partial:
+            # The one that became partial last: popping from the end of a dict is what is cheap.
+            cluster = next(reversed(slots.partial))
             first = cluster << CLUSTER_SHIFT
-            free = np.flatnonzero(words[first : first + CLUSTER_SLOTS] == 0)[:missing] + first
+            free = (words[first : first + CLUSTER_SLOTS] == 0).nonzero()[0][:missing]
+            free += first
             missing -= self._claim(slots, cluster, free, parts)
         while missing:
             cluster = self._open(slots)

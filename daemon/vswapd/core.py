@@ -91,6 +91,24 @@ class Core:
                 else:
                     self.devices.give_up(places)
 
+    def publish_new(self, space: Space, numbers: I64, words: U64, zeros: int, length: int) -> None:
+        """The same for slots that are FREE, and words that are ZERO or ZSWAP: nothing is given up.
+
+        Args:
+            space: the slots' space.
+            numbers: slot numbers, shape (n,).
+            words: their words, shape (n,).
+            zeros: how many of them are ZERO.
+            length: compressed bytes of the others.
+        """
+        self.table.words[numbers] = words
+        others = len(numbers) - zeros
+        self.slot_counts[Tag.ZERO] += zeros
+        self.slot_counts[Tag.ZSWAP] += others
+        space.zero_pages += zeros
+        space.backed_pages += zeros + others
+        self._charge(space, space.group, Tag.ZSWAP, length)
+
     @staticmethod
     def _charge(space: Space, group: Group, tag: Tag, length: int) -> None:
         space.compressed_bytes += length

@@ -75,7 +75,8 @@ class _Moving:
         starts = self.directory.offsets + CHECK_BYTES
         ends = starts + self.directory.lengths
         entries = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return Compressed(pool, entries, self.directory.lengths, self.plain)
+        lengths = self.directory.lengths
+        return Compressed(pool, entries, lengths, self.plain, int(lengths.sum()))
 
 
 class DeviceMoves:
@@ -172,8 +173,8 @@ class DeviceMoves:
         return (
             settings.pool_enabled
             and (room is None or compressed.compressed_bytes <= room)
-            and core.zswap.growth(compressed.lengths) <= core.pool_room()
-            and core.zswap.has_segments_for(compressed.lengths)
+            and core.zswap.growth(compressed) <= core.pool_room()
+            and core.zswap.has_segments_for(compressed)
         )
 
     def _give_up_unflipped(self, places: Places, flipped: I64) -> None:

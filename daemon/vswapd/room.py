@@ -54,9 +54,9 @@ class Room:
             if zswap.in_use_bytes > settings.accept_threshold * settings.pool_max:
                 return Refusal.FULL
             core.pool_was_full = False
-        if zswap.growth(compressed.lengths) > core.pool_room():
+        if zswap.growth(compressed) > core.pool_room():
             return Refusal.FULL
-        return None if zswap.has_segments_for(compressed.lengths) else Refusal.FULL
+        return None if zswap.has_segments_for(compressed) else Refusal.FULL
 
     def make(self, group: Group, compressed: Compressed) -> Operation[Refusal | None]:
         """Make room for a folio; returns None when the pool takes it, else why it never will."""
@@ -75,7 +75,7 @@ class Room:
     def _hopeless(self, group: Group, compressed: Compressed) -> bool:
         """Whether the folio would not even fit into an empty pool: nobody need go for it."""
         limit = group.limits.pool_max
-        return self._core.zswap.growth(compressed.lengths) > self._core.settings.pool_max or (
+        return self._core.zswap.growth(compressed) > self._core.settings.pool_max or (
             limit is not None and compressed.compressed_bytes > limit
         )
 

@@ -77,6 +77,11 @@ class Folio:
     compressed: Compressed | None
     """The others, in order; None if all are zero."""
 
+    @property
+    def zeros(self) -> int:
+        """How many pages are zero."""
+        return self.pages - (len(self.compressed) if self.compressed else 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -180,8 +185,7 @@ class Engine:
             raise BatchError(
                 f"{len(view)} bytes are no whole pages: hand over n * {PAGE_BYTES} bytes, n >= 1"
             )
-        found = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
-        zero = found if found.any() else None
+        zero = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
         if zero is None:
             chosen = [view[o : o + PAGE_BYTES] for o in range(0, len(view), PAGE_BYTES)]
         else:
@@ -192,12 +196,13 @@ class Engine:
         pool = self.core.zswap.current
         entries = pool.codec.compress(chosen)
         lengths = np.fromiter(map(len, entries), np.int64, len(entries))
-        raw = np.flatnonzero(lengths >= PAGE_BYTES)
-        if len(raw):
+        if lengths.max() >= PAGE_BYTES:
+            raw = np.flatnonzero(lengths >= PAGE_BYTES)
             for index in raw.tolist():
                 entries[index] = bytes(chosen[index])
             lengths[raw] = PAGE_BYTES
-        return Folio(count, zero, Compressed(pool.index, entries, lengths, digests(entries)))
+        compressed = Compressed(pool.index, entries, lengths, digests(entries), int(lengths.sum()))
+        return Folio(count, zero, compressed)
 
     def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:
         """Store a folio, all or nothing: to new slots, or over `slots`.
@@ -306,7 +311,11 @@ class Engine:
             words = np.full(folio.pages, ZERO_WORD)
             if places is not None:
                 words[~folio.zero] = make_words(tag, places)
-        self.core.publish(space, numbers, words)
+        if slots is None and tag is Tag.ZSWAP:
+            length = folio.compressed.compressed_bytes if folio.compressed else 0
+            self.core.publish_new(space, numbers, words, folio.zeros, length)
+        else:
+            self.core.publish(space, numbers, words)
         self.core.stats.store_pages += folio.pages
         self._fallback.close_idle()
         self._nudge()

@@ -319,15 +319,16 @@ class Writeback:
         if not len(left):
             return 0
         core.clear_reference(left.numbers)
-        if not zswap.has_segments_for(left.lengths):
-            return 0
         addresses = left.offsets + segment * SEGMENT_BYTES
         compressed = Compressed(
             stream[0],
             zswap.entries(addresses, left.lengths),
             left.lengths,
             zswap.plain_checks(segment, left),
+            int(left.lengths.sum()),
         )
+        if not zswap.has_segments_for(compressed):
+            return 0
         expected = core.table.words[left.numbers]
         places = zswap.append(stream[1], left.numbers, compressed, core.clock())
         flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, core.groups[stream[1]])

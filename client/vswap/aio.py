@@ -93,11 +93,10 @@ class Space:
 
     async def store(self, pages: Buffer, slots: Slots | None = None) -> U64:
         """As `vswap.Space.store`; cancelled, it stores no new pages."""
-        source = pages_of(pages)
         call = (
-            Store(source, self._frame_pages)
+            Store(pages_of(pages), self._frame_pages)
             if slots is None
-            else Overwrite(slots_of(slots), source, self._frame_pages)
+            else Overwrite(slots_of(slots), pages_of(pages), self._frame_pages)
         )
         await self._connection.run(call)
         return call.result()
@@ -110,11 +109,17 @@ class Space:
         """As `vswap.Space.load`; cancelled, it leaves `into` as far filled as it was."""
         wanted = slots_of(slots)
         size = len(wanted) * PAGE_BYTES
-        target = empty_bytes(size) if into is None else target_of(into, size)
-        call = Load(wanted, Pages(target), self._frame_pages)
+        if into is not None:
+            await self._load(wanted, Pages(target_of(into, size)))
+            return into
+        fresh = empty_bytes(size)
+        await self._load(wanted, Pages(fresh))
+        return fresh
+
+    async def _load(self, slots: U64, target: Pages) -> None:
+        call = Load(slots, target, self._frame_pages)
         await self._connection.run(call)
         call.result()
-        return target if into is None else into
 
     async def free(self, slots: Slots) -> None:
         """As `vswap.Space.free`."""
@@ -126,14 +131,13 @@ class Space:
         """As `vswap.Space.put`."""
         content, form = take_apart(source)
         call = Store(padded_pages_of(content), self._frame_pages)
+        del content  # a traceback must not hold the caller's buffer
         await self._connection.run(call)
         return Handle(self, call.result(), form)
 
     async def receive(self, slots: U64, receiver: Receiver) -> Any:
         """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
-        call = Load(slots, receiver.pages, self._frame_pages)
-        await self._connection.run(call)
-        call.result()
+        await self._load(slots, receiver.pages)
         return receiver.finish()
 
     async def status(self) -> dict[str, Any]:

@@ -247,6 +247,7 @@ class AsyncConnection:
         self._sock.close()
         self._queue.clear()
         self._buffers.clear()
+        self.conversation.end()
         waiting, self._waiting = self._waiting, {}
         first = True
         for call, future in waiting.items():

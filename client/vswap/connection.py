@@ -116,6 +116,7 @@ class Connection:
         if self._why_closed is None:
             self._why_closed = why
             self._sock.close()
+            self.conversation.end()
 
     def _exchange(self, call: Call) -> None:
         request = self.conversation.request
@@ -129,6 +130,12 @@ class Connection:
                 return
 
     def _send(self, buffers: list[View]) -> None:
+        try:
+            self._send_all(buffers)
+        finally:
+            buffers.clear()  # a traceback must not hold the caller's memory
+
+    def _send_all(self, buffers: list[View]) -> None:
         while True:
             try:
                 sent = self._sock.sendmsg(buffers, (), _SEND_FLAGS)

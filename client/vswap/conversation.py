@@ -122,6 +122,12 @@ class Conversation:
             if owner is call and frame.op is Op.LOAD and frame.targets is not None:
                 frame.targets = [memoryview(bytearray(sum(map(len, frame.targets))))]
 
+    def end(self) -> None:
+        """The connection is lost: let go of all calls and their buffers."""
+        self._unanswered.clear()
+        self._later.clear()
+        self._header, self._text, self.wanted = None, None, self._header_view
+
     def _begin_body(self) -> None:
         """The header is complete: find out where the body goes."""
         try:

@@ -106,23 +106,22 @@ class Receiver:
     def __init__(self, form: Form, into: Buffer | None) -> None:
         self._form = form
         self._into = into
-        whole = form.nbytes - form.nbytes % PAGE_BYTES
+        self._whole_bytes = form.nbytes - form.nbytes % PAGE_BYTES
+        short = self._whole_bytes < form.nbytes
         if into is None:
-            padded = empty_bytes(-(-form.nbytes // PAGE_BYTES) * PAGE_BYTES)
-            self._content = padded[: form.nbytes]
-            self.pages = Pages(padded)
+            self._fresh = empty_bytes(self._whole_bytes + short * PAGE_BYTES)
+            self.pages = Pages(self._fresh)
         else:
-            self._content = form.target(into)
-            tail = empty_bytes(PAGE_BYTES) if whole < form.nbytes else None
-            self.pages = Pages(self._content[:whole], tail)
+            self._tail = empty_bytes(PAGE_BYTES) if short else None
+            self.pages = Pages(form.target(into)[: self._whole_bytes], self._tail)
 
     def finish(self) -> Any:
         """The object; its pages have been loaded."""
         if self._into is None:
-            return self._form.build(self._content)
-        whole, tail = self.pages.whole, self.pages.tail
-        if tail is not None:
-            self._content[len(whole) :] = tail[: len(self._content) - len(whole)]
+            return self._form.build(self._fresh[: self._form.nbytes])
+        if self._tail is not None:
+            left = self._form.nbytes - self._whole_bytes
+            self._form.target(self._into)[self._whole_bytes :] = self._tail[:left]
         return self._into
 
 

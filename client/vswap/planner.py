@@ -180,7 +180,7 @@ class Overwrite(SlotsCall):
 
     def release(self) -> None:
         """The pages are not looked at again."""
-        self._source = NO_PAGES
+        self._source.let_go()
 
 
 class Load(SlotsCall):
@@ -203,7 +203,7 @@ class Load(SlotsCall):
 
     def release(self) -> None:
         """The target is not written again."""
-        self._target = NO_PAGES
+        self._target.let_go()
 
 
 class Free(SlotsCall):
@@ -282,7 +282,7 @@ class Store(Call):
 
     def release(self) -> None:
         """The pages are not looked at again."""
-        self._source = NO_PAGES
+        self._source.let_go()
 
 
 class Ask(Call):
@@ -336,8 +336,12 @@ class Pages:
             views.append(self.tail)
         return views
 
+    def let_go(self) -> None:
+        """Hold the buffer no more, whoever may still hold this object (a traceback, for one)."""
+        self.whole, self.tail = _NOTHING, None
 
-NO_PAGES: Final = Pages(memoryview(b""))
+
+_NOTHING: Final = memoryview(b"")
 
 
 def frame_limit(frame_pages: int, max_batch: int, max_frame_bytes: int) -> int:

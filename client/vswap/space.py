@@ -110,11 +110,10 @@ class Space:
             BadBuffer: no whole pages, or not one slot for each; nothing was sent.
             ConnectionLost: the space is gone.
         """
-        source = pages_of(pages)
         call = (
-            Store(source, self._frame_pages)
+            Store(pages_of(pages), self._frame_pages)
             if slots is None
-            else Overwrite(slots_of(slots), source, self._frame_pages)
+            else Overwrite(slots_of(slots), pages_of(pages), self._frame_pages)
         )
         self._connection.run(call)
         return call.result()
@@ -143,11 +142,17 @@ class Space:
         """
         wanted = slots_of(slots)
         size = len(wanted) * PAGE_BYTES
-        target = empty_bytes(size) if into is None else target_of(into, size)
-        call = Load(wanted, Pages(target), self._frame_pages)
+        if into is not None:
+            self._load(wanted, Pages(target_of(into, size)))
+            return into
+        fresh = empty_bytes(size)
+        self._load(wanted, Pages(fresh))
+        return fresh
+
+    def _load(self, slots: U64, target: Pages) -> None:
+        call = Load(slots, target, self._frame_pages)
         self._connection.run(call)
         call.result()
-        return target if into is None else into
 
     def free(self, slots: Slots) -> None:
         """Give slots back; their ids are errors from now on.
@@ -169,14 +174,13 @@ class Space:
         """
         content, form = take_apart(source)
         call = Store(padded_pages_of(content), self._frame_pages)
+        del content  # a traceback must not hold the caller's buffer
         self._connection.run(call)
         return Handle(self, call.result(), form)
 
     def receive(self, slots: U64, receiver: Receiver) -> Any:
         """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
-        call = Load(slots, receiver.pages, self._frame_pages)
-        self._connection.run(call)
-        call.result()
+        self._load(slots, receiver.pages)
         return receiver.finish()
 
     def status(self) -> dict[str, Any]:

@@ -9,12 +9,15 @@
 Entries follow each other without gaps except where a writer rounds up to a block on purpose; then
 the directory has a filler (NO_SLOT) of the gap's size, so offsets are the running sum of lengths.
 
-The check is mmh3 (x64, 128 bit, its first half) of the compressed bytes, exclusive-or'd with the
-slot number and the segment's sequence number, each times an odd constant. So an entry is right only
-in the segment and for the slot that it was written for: a device that lost a write and returns what
-stood in the extent before is found out, also where lengths and offsets happen to agree. It stands
-beside the bytes, not in the directory, because then a load from the device is one read, and pages
-that were written back leave nothing in RAM.
+The check is mmh3 (x64, 128 bit, its first half) of the compressed bytes. It stands beside them, not
+in the directory, because then a load from the device is one read, and pages that were written back
+leave nothing in RAM.
+
+In an image for a device the checks are *salted*: exclusive-or'd with the slot number and the
+image's sequence number, each times an odd constant. So an entry on a device is right only in the image and
+for the slot that it was written for: a device that lost a write and returns what stood in the
+extent before is found out, also where lengths and offsets happen to agree. RAM loses no writes, so
+pools keep plain checks, and moving entries inside the pool is copying bytes.
 
 Invariants:
 - Directory order is payload order.
@@ -141,14 +144,13 @@ def fits(lengths: I64, room: int) -> int:
     return int(np.searchsorted(np.cumsum(lengths + ENTRY_OVERHEAD), room, side="right"))
 
 
-_GAP: Final = bytes(CHECK_BYTES)
-
-
-def join_payload(entries: Sequence[bytes | memoryview]) -> bytes:
-    """Entries one after the other, each with room for its check before it."""
-    parts: list[bytes | memoryview] = [_GAP] * (2 * len(entries))
+def entry_parts(entries: Sequence[bytes]) -> list[bytes]:
+    """Checks and compressed bytes by turns: joined, they are a payload. Two parts per entry."""
+    parts = [b""] * (2 * len(entries))
+    # Slicing the digests costs less than gathering them into an array and scattering that.
+    parts[0::2] = [digest[:CHECK_BYTES] for digest in map(mmh3_x64_128_digest, entries)]
     parts[1::2] = entries
-    return b"".join(parts)
+    return parts
 
 
 def pack_header(header: Header, directory: U64) -> bytes:
@@ -207,8 +209,11 @@ def parse_image(image: memoryview) -> tuple[Header, Directory]:
 class ImageBuilder:
     """Puts an image together from entries that come in several portions."""
 
-    def __init__(self, buffer: memoryview, *, codec: str, sequence: int, group: int) -> None:
+    def __init__(
+        self, buffer: memoryview, *, codec: str, sequence: int, group: int, salt: bool
+    ) -> None:
         assert len(buffer) == SEGMENT_BYTES
+        self._salt = salt
         self.buffer: Final = buffer
         self.sequence: Final = sequence
         self.codec: Final = codec
@@ -224,10 +229,8 @@ class ImageBuilder:
         """Bytes left for entries with their overhead."""
         return SEGMENT_BYTES - self.payload_end - self.count * DIRECTORY_ENTRY_BYTES
 
-    def add(
-        self, numbers: I64, lengths: I64, payload: bytes | bytearray | memoryview, plain: U64
-    ) -> I64:
-        """Append entries that fit (see `fits`); `payload` as of join_payload. Returns offsets."""
+    def add(self, numbers: I64, lengths: I64, payload: bytes) -> I64:
+        """Append entries that fit (see `fits`), with plain checks; returns their offsets."""
         end = self.payload_end + len(payload)
         assert end + (self.count + len(numbers)) * DIRECTORY_ENTRY_BYTES <= SEGMENT_BYTES
         footprints = lengths + CHECK_BYTES
@@ -236,7 +239,9 @@ class ImageBuilder:
         assert int(offsets[-1]) == end
         offsets -= footprints
         self.buffer[self.payload_end : end] = payload
-        put_checks(self._bytes, offsets, salted(plain, numbers, self.sequence))
+        if self._salt:
+            plain = get_checks(self._bytes, offsets)
+            put_checks(self._bytes, offsets, salted(plain, numbers, self.sequence))
         self._append_directory(directory_words(numbers, lengths))
         self.payload_end = end
         return offsets

@@ -16,15 +16,17 @@ ZERO_PAGE: Final = bytes(PAGE_BYTES)
 """What every load of a ZERO slot returns: one object for all of them."""
 
 _PAGE_WORDS: Final = PAGE_BYTES // 8
-_SAMPLE: Final = 64
-"""Every 64th word is looked at first. On heap pages this rules out all but the zero pages and a few
-percent more; 0.07 us per page against 0.16 (or-reduce) and 0.23 (any) for looking at every word."""
+_FIRST_LOOK: Final = (2, 202, 402)
+"""Words of a page that are looked at first. Their union is zero for 0.3 % of the non-zero pages of
+process heaps; one word alone is for 9 to 39 %. 0.05 us per page, against 0.17 for every 64th word
+and 0.23 for all of them."""
 
 
 def zero_pages(words: U64) -> npt.NDArray[np.bool_] | None:
     """Which pages are all zero; `words` has shape (n, 512), the result (n,). None: none is."""
     assert words.shape[1] == _PAGE_WORDS
-    zero: npt.NDArray[np.bool_] = np.bitwise_or.reduce(words[:, ::_SAMPLE], axis=1) == 0
+    one, two, three = _FIRST_LOOK
+    zero: npt.NDArray[np.bool_] = (words[:, one] | words[:, two] | words[:, three]) == 0
     candidates = zero.nonzero()[0]
     if not len(candidates):
         return None

@@ -23,7 +23,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, U64, Places
+from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, Places
 from vswapd_backends.codec import Codec, CorruptError, codec_from_spec
 from vswapd_backends.segment import (
     CAPACITY,
@@ -35,9 +35,7 @@ from vswapd_backends.segment import (
     digests,
     fits,
     get_checks,
-    join_payload,
     parse_directory,
-    salted,
 )
 from vswapd_backends.zpool import ZPool
 
@@ -60,29 +58,35 @@ class Compressed:
     """n pages in compressed form, on their way into a log or onto a device."""
 
     pool: int
-    entries: Sequence[bytes | memoryview]
+    parts: Sequence[bytes | memoryview]
+    """Joined, the payload: each entry's plain check, then its compressed bytes."""
+    stride: int
+    """Parts per entry: 2 where check and bytes are apart, 1 where they are one."""
     lengths: I64
-    plain: U64
-    """Unsalted digests of the entries."""
+    """Compressed bytes of each entry, without its check."""
     compressed_bytes: int
     """Sum of the lengths: asked for so often that it is kept."""
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.lengths)
 
     @property
     def footprint(self) -> int:
         """Bytes of segments that the entries take, overhead included."""
-        return self.compressed_bytes + ENTRY_OVERHEAD * len(self.entries)
+        return self.compressed_bytes + ENTRY_OVERHEAD * len(self.lengths)
+
+    @property
+    def payload(self) -> bytes:
+        """The entries one after the other, checks included."""
+        return b"".join(self.parts)
 
     def slice(self, first: int, last: int) -> Compressed:
         """Entries first to last - 1."""
-        if first == 0 and last == len(self.entries):
+        if first == 0 and last == len(self.lengths):
             return self
+        parts = self.parts[first * self.stride : last * self.stride]
         lengths = self.lengths[first:last]
-        return Compressed(
-            self.pool, self.entries[first:last], lengths, self.plain[first:last], int(lengths.sum())
-        )
+        return Compressed(self.pool, parts, self.stride, lengths, int(lengths.sum()))
 
 
 Stream = tuple[int, int]
@@ -105,7 +109,6 @@ class Zswap:
         # what is at or above arena.limit is not looked at.
         self._age: Final[I64] = np.zeros(shape, np.int64)
         self._stamp = np.zeros(shape, np.float64)
-        self._sequences: Final[I64] = np.zeros(shape, np.int64)
         self._count: Final[I64] = np.zeros(shape, np.int64)
         self._pool: Final[I64] = np.zeros(shape, np.int64)
         self._group: Final[I64] = np.zeros(shape, np.int64)
@@ -167,12 +170,7 @@ class Zswap:
                     self.seal(stream)
                     continue
             portion = compressed.slice(first, last)
-            offsets = builder.add(
-                numbers[first:last],
-                portion.lengths,
-                join_payload(portion.entries),
-                portion.plain,
-            )
+            offsets = builder.add(numbers[first:last], portion.lengths, portion.payload)
             self.arena.touched(segment, builder.payload_end, builder.count)
             self._count[segment] = builder.count
             self._stamp[segment] = now
@@ -205,12 +203,12 @@ class Zswap:
             codec=self.pools[pool].codec.spec,
             sequence=sequence,
             group=group,
+            salt=False,
         )
         builder.age = sequence
         builder.finish()
         self.arena.touched(segment, builder.payload_end, 0)
         self._age[segment] = sequence
-        self._sequences[segment] = sequence
         self._pool[segment] = pool
         self._group[segment] = group
         self._count[segment] = 0
@@ -330,17 +328,16 @@ class Zswap:
             self.corrupt_entries += len(error.indices)
             raise
 
-    def wrong(self, numbers: I64, addresses: I64, lengths: I64) -> list[int]:
+    def stored(self, addresses: I64, lengths: I64) -> list[memoryview]:
+        """Entries with their plain checks, as views of the arena: ready to be copied."""
+        ends = addresses + CHECK_BYTES + lengths
+        spans = map(slice, addresses.tolist(), ends.tolist())
+        return list(map(self.arena.view.__getitem__, spans))
+
+    def wrong(self, addresses: I64, lengths: I64) -> list[int]:
         """Which of n entries do not agree with their checks: indices into the batch."""
-        entries = self.entries(addresses, lengths)
-        sequences = self._sequences[addresses // SEGMENT_BYTES]
-        checks = get_checks(self.arena.bytes, addresses)
-        found = digests(entries)
-        bad: list[int] = []
-        for sequence in np.unique(sequences).tolist():
-            which = np.flatnonzero(sequences == sequence)
-            expected = salted(checks[which], numbers[which], sequence)
-            bad += which[expected != found[which]].tolist()
+        found = digests(self.entries(addresses, lengths))
+        bad: list[int] = np.flatnonzero(get_checks(self.arena.bytes, addresses) != found).tolist()
         return bad
 
     # What the shrinker and the compactor ask
@@ -350,12 +347,6 @@ class Zswap:
         top = (segment + 1) * SEGMENT_WORDS
         count = int(self._count[segment])
         return parse_directory(self.arena.words[top - count : top][::-1])
-
-    def plain_checks(self, segment: int, directory: Directory) -> U64:
-        """Unsalted digests of some entries of a segment, as they were when they were stored."""
-        addresses = directory.offsets + segment * SEGMENT_BYTES
-        checks = get_checks(self.arena.bytes, addresses)
-        return salted(checks, directory.numbers, int(self._sequences[segment]))
 
     def stream_of(self, segment: int) -> Stream:
         """The stream that a segment belongs to."""

@@ -21,7 +21,7 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.swap_table import Tag
 from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, SEGMENT_BYTES, Operation, Places
-from vswapd_backends.segment import CAPACITY, fits, join_payload
+from vswapd_backends.segment import CAPACITY, fits
 
 SPARSE: Final = 0.85
 """Segments of which less than this share is needed are worth copying together with others."""
@@ -77,7 +77,7 @@ class Compaction:
             if not count:
                 break
             live = directory.pick(alive[:count])
-            entries = zswap.entries(live.offsets + segment * SEGMENT_BYTES, live.lengths)
+            entries = zswap.stored(live.offsets + segment * SEGMENT_BYTES, live.lengths)
             numbers.append(live.numbers)
             words.append(current[:count])
             lengths.append(live.lengths)
@@ -85,8 +85,7 @@ class Compaction:
                 builder.add(
                     live.numbers,
                     live.lengths,
-                    join_payload(entries),
-                    zswap.plain_checks(segment, live),
+                    b"".join(entries),
                 )
             )
         zswap.adopt(

@@ -45,8 +45,8 @@ from vswapd_backends.segment import (
     ImageBuilder,
     LayoutError,
     get_checks,
-    join_payload,
     parse_image,
+    put_checks,
     salted,
 )
 from vswapd_backends.swapdev import SwapDevice, footprint
@@ -59,24 +59,22 @@ _MERGE_AT_ONCE: Final = 8
 class _Moving:
     """Live entries of one extent that was read."""
 
-    __slots__ = ("directory", "image", "number", "plain", "words")
+    __slots__ = ("directory", "image", "number", "words")
 
-    def __init__(
-        self, number: int, image: memoryview, directory: Directory, words: U64, plain: U64
-    ) -> None:
+    def __init__(self, number: int, image: memoryview, directory: Directory, words: U64) -> None:
         self.number = number
         self.image = image
+        """With plain checks."""
         self.directory = directory
         self.words = words
-        self.plain = plain
 
     def compressed(self, pool: int) -> Compressed:
         """The entries, ready to be appended elsewhere."""
-        starts = self.directory.offsets + CHECK_BYTES
-        ends = starts + self.directory.lengths
-        entries = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        starts = self.directory.offsets
         lengths = self.directory.lengths
-        return Compressed(pool, entries, lengths, self.plain, int(lengths.sum()))
+        ends = starts + CHECK_BYTES + lengths
+        parts = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        return Compressed(pool, parts, 1, lengths, int(lengths.sum()))
 
 
 class DeviceMoves:
@@ -283,9 +281,16 @@ class DeviceMoves:
             # Intact, but not the directory of what the words name: trust the table.
             live = self.directory_from_table(number)
             words = core.table.words[live.numbers]
-        checks = get_checks(np.frombuffer(image, np.uint8), live.offsets)
-        plain = salted(checks, live.numbers, int(device.sequence[extent]))
-        return _Moving(number, image, live, words, plain)
+        plain = bytearray(image)
+        self._unsalt(plain, live, int(device.sequence[extent]))
+        return _Moving(number, memoryview(plain), live, words)
+
+    @staticmethod
+    def _unsalt(image: bytearray, directory: Directory, sequence: int) -> None:
+        """Make the checks plain; a check that is wrong stays wrong."""
+        arena = np.frombuffer(image, np.uint8)
+        checks = get_checks(arena, directory.offsets)
+        put_checks(arena, directory.offsets, salted(checks, directory.numbers, sequence))
 
     def directory_from_table(self, number: int) -> Directory:
         """The entries that the table names in an extent, by a walk over all of it."""
@@ -302,17 +307,13 @@ class DeviceMoves:
             codec=self._core.zswap.pools[stream[0]].codec.spec,
             sequence=self._core.zswap.next_sequence(),
             group=stream[1],
+            salt=True,
         )
 
     @staticmethod
     def _add(builder: ImageBuilder, moving: _Moving, pool: int) -> I64:
         compressed = moving.compressed(pool)
-        return builder.add(
-            moving.directory.numbers,
-            compressed.lengths,
-            join_payload(compressed.entries),
-            compressed.plain,
-        )
+        return builder.add(moving.directory.numbers, compressed.lengths, compressed.payload)
 
     def _write(
         self, moving: _Moving, target: int, stream: Stream, cause: Cause

@@ -32,7 +32,7 @@ from vswapd_backends.base import (
     Operation,
     Places,
 )
-from vswapd_backends.segment import ImageBuilder, fits, join_payload
+from vswapd_backends.segment import ImageBuilder, fits
 from vswapd_backends.swapdev import SwapDevice
 from vswapd_backends.zswap import Compressed, Stream, concatenate_places
 from vswapd_blockdev.device import BLOCK_BYTES
@@ -116,8 +116,7 @@ class Fallback:
             offsets = builder.add(
                 numbers[first : first + count],
                 portion.lengths,
-                join_payload(portion.entries),
-                portion.plain,
+                portion.payload,
             )
             builder.finish()
             entry, extent = self._core.devices.device_of(filling.number)
@@ -160,6 +159,7 @@ class Fallback:
             codec=core.zswap.pools[stream[0]].codec.spec,
             sequence=core.zswap.next_sequence(),
             group=stream[1],
+            salt=True,
         )
         entry, extent = core.devices.device_of(number)
         entry.sequence[extent] = builder.sequence

@@ -80,7 +80,7 @@ def _check_pool(core: Core, numbers: I64, report: VerifyReport) -> None:
         return
     places = places_of(words)
     addresses = places.number * SEGMENT_BYTES + places.offset
-    bad = set(core.zswap.wrong(numbers, addresses, places.length))
+    bad = set(core.zswap.wrong(addresses, places.length))
     good = np.array([i for i in range(len(numbers)) if i not in bad], np.int64)
     entries = core.zswap.entries(addresses, places.length)
     pools = core.zswap.pools_of(places.number)

@@ -55,7 +55,7 @@ from vswapd.verify import VerifyReport, verify
 from vswapd.writeback import Cause, Stop, Writeback, Written
 from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places
 from vswapd_backends.codec import CorruptError, UnknownCodecError
-from vswapd_backends.segment import digests
+from vswapd_backends.segment import entry_parts
 from vswapd_backends.swapdev import SwapDevices
 from vswapd_backends.zero import ZERO_PAGE, zero_pages
 from vswapd_backends.zpool import ZPool
@@ -201,7 +201,7 @@ class Engine:
             for index in raw.tolist():
                 entries[index] = bytes(chosen[index])
             lengths[raw] = PAGE_BYTES
-        compressed = Compressed(pool.index, entries, lengths, digests(entries), int(lengths.sum()))
+        compressed = Compressed(pool.index, entry_parts(entries), 2, lengths, int(lengths.sum()))
         return Folio(count, zero, compressed)
 
     def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:
@@ -354,7 +354,7 @@ class Engine:
         words = self.core.table.words[numbers]
         if all_tagged(words, Tag.ZSWAP):
             try:
-                pages = self._read_zswap(numbers, words)
+                pages = self._read_zswap(words)
             except CorruptError as error:
                 raise self._lost(slots[error.indices]) from None
             self.core.table.words[numbers] = with_reference(words)
@@ -363,12 +363,12 @@ class Engine:
         self.core.stats.load_pages += len(pages)
         return pages
 
-    def _read_zswap(self, numbers: I64, words: U64) -> list[bytes | memoryview]:
+    def _read_zswap(self, words: U64) -> list[bytes | memoryview]:
         addresses = addresses_of(words)
         lengths = lengths_of(words)
         zswap = self.core.zswap
         if self.core.settings.verify == "always":
-            wrong = zswap.wrong(numbers, addresses, lengths)
+            wrong = zswap.wrong(addresses, lengths)
             if wrong:
                 zswap.corrupt_entries += len(wrong)
                 raise CorruptError(sorted(wrong))
@@ -401,7 +401,7 @@ class Engine:
         if len(in_pool):
             # Before the device is waited for: these words are true now.
             try:
-                some = self._read_zswap(numbers[in_pool], words[in_pool])
+                some = self._read_zswap(words[in_pool])
             except CorruptError as error:
                 lost += in_pool[error.indices].tolist()
             else:

@@ -27,7 +27,7 @@ from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
 from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoBatch, Operation, Places
-from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits, join_payload
+from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits
 from vswapd_backends.swapdev import image_writes
 from vswapd_backends.zswap import Compressed, Stream
 
@@ -179,6 +179,7 @@ class Writeback:
             codec=core.zswap.pools[stream[0]].codec.spec,
             sequence=core.zswap.next_sequence(),
             group=stream[1],
+            salt=True,
         )
         gathered = self._gather(stream, builder)
         try:
@@ -277,8 +278,7 @@ class Writeback:
                 offsets = builder.add(
                     chosen.numbers,
                     chosen.lengths,
-                    join_payload(zswap.entries(addresses, chosen.lengths)),
-                    zswap.plain_checks(segment, chosen),
+                    b"".join(zswap.stored(addresses, chosen.lengths)),
                 )
                 builder.age = zswap.age_of(segment)
                 gathered.numbers.append(chosen.numbers)
@@ -322,9 +322,9 @@ class Writeback:
         addresses = left.offsets + segment * SEGMENT_BYTES
         compressed = Compressed(
             stream[0],
-            zswap.entries(addresses, left.lengths),
+            zswap.stored(addresses, left.lengths),
+            1,
             left.lengths,
-            zswap.plain_checks(segment, left),
             int(left.lengths.sum()),
         )
         if not zswap.has_segments_for(compressed):

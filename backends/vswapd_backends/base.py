@@ -31,16 +31,37 @@ PAGE_BYTES: Final = 4096
 SEGMENT_BYTES: Final = 256 * 1024
 
 
+_OFFSET_MASK: Final = SEGMENT_BYTES - 1
+_NUMBER_SHIFT: Final = SEGMENT_BYTES.bit_length() - 1
+
+
 class Places(NamedTuple):
-    """Where n entries lie: three arrays of shape (n,), int64.
+    """Where n entries lie: arrays of shape (n,), int64."""
 
-    `number` is the segment's (zswap) or the extent's (device); `offset` is where the entry begins
-    in it; `length` counts the compressed bytes, PAGE_BYTES for a page that is kept raw.
-    """
-
-    number: I64
-    offset: I64
+    address: I64
+    """number * SEGMENT_BYTES + offset, where number is the segment's (zswap) or the extent's
+    (device), and offset is where the entry begins in it."""
     length: I64
+    """Compressed bytes; PAGE_BYTES for a page that is kept raw."""
+
+    @property
+    def number(self) -> I64:
+        """Segments or extents, shape (n,)."""
+        return self.address >> _NUMBER_SHIFT
+
+    @property
+    def offset(self) -> I64:
+        """Offsets in them, shape (n,)."""
+        return self.address & _OFFSET_MASK
+
+    @classmethod
+    def within(cls, number: int, offsets: I64, lengths: I64) -> Places:
+        """Places in one segment or extent."""
+        return cls(offsets + (number << _NUMBER_SHIFT), lengths)
+
+    def pick(self, which: npt.NDArray[np.bool_ | np.intp]) -> Places:
+        """Only those entries."""
+        return Places(self.address[which], self.length[which])
 
 
 class IoKind(Enum):

@@ -14,10 +14,11 @@ in the directory, because then a load from the device is one read, and pages tha
 leave nothing in RAM.
 
 In an image for a device the checks are *salted*: exclusive-or'd with the slot number and the
-image's sequence number, each times an odd constant. So an entry on a device is right only in the image and
-for the slot that it was written for: a device that lost a write and returns what stood in the
-extent before is found out, also where lengths and offsets happen to agree. RAM loses no writes, so
-pools keep plain checks, and moving entries inside the pool is copying bytes.
+image's sequence number, each times an odd constant. So an entry on a device is right only in the
+image and for the slot that it was written for: a device that lost a write and returns what stood in
+the extent before is found out, also where lengths and offsets happen to agree. RAM loses no writes,
+so pools keep plain checks, and moving entries inside the pool is copying bytes; the header's own
+checksum, too, is made for devices only.
 
 Invariants:
 - Directory order is payload order.
@@ -153,9 +154,10 @@ def entry_parts(entries: Sequence[bytes]) -> list[bytes]:
     return parts
 
 
-def pack_header(header: Header, directory: U64) -> bytes:
-    """The header of an image, with the checksum of itself and its directory."""
-    return _pack(header, _image_check(_pack(header, 0), directory))
+def pack_header(header: Header, directory: U64 | None) -> bytes:
+    """A header, with the checksum of itself and its directory if that is given."""
+    plain = _pack(header, 0)
+    return plain if directory is None else _pack(header, _image_check(plain, directory))
 
 
 def _pack(header: Header, check: int) -> bytes:
@@ -275,4 +277,4 @@ class ImageBuilder:
             group=self.group,
         )
         directory = self._words[SEGMENT_WORDS - self.count :][::-1]
-        self.buffer[:HEADER_BYTES] = pack_header(header, directory)
+        self.buffer[:HEADER_BYTES] = pack_header(header, directory if self._salt else None)

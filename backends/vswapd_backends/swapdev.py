@@ -248,11 +248,13 @@ class SwapDevices:
 
     def give_up(self, places: Places) -> None:
         """Entries that no word names any more."""
-        for index in np.unique(places.number >> EXTENT_BITS).tolist():
+        numbers = places.number
+        of = numbers >> EXTENT_BITS
+        for index in np.unique(of).tolist():
             entry = self._devices[index]
             assert entry is not None
-            which = (places.number >> EXTENT_BITS) == index
-            extents = places.number[which] & EXTENT_MASK
+            which = of == index
+            extents = numbers[which] & EXTENT_MASK
             np.subtract.at(entry.live_bytes, extents, places.length[which])
             np.subtract.at(entry.live_entries, extents, 1)
             for extent in np.unique(extents[entry.live_entries[extents] == 0]).tolist():
@@ -262,13 +264,14 @@ class SwapDevices:
 
     def plan_reads(self, places: Places) -> ReadPlan:
         """Reads for n entries, whole blocks, neighbours in one. Pins each extent that is read."""
-        first = places.number * SEGMENT_BYTES + places.offset // BLOCK_BYTES * BLOCK_BYTES
-        end = places.offset + CHECK_BYTES + places.length
-        last = places.number * SEGMENT_BYTES + -(-end // BLOCK_BYTES) * BLOCK_BYTES
-        order = np.lexsort((first, places.number))
+        numbers = places.number
+        first = places.address // BLOCK_BYTES * BLOCK_BYTES
+        end = places.address + CHECK_BYTES + places.length
+        last = -(-end // BLOCK_BYTES) * BLOCK_BYTES
+        order = np.argsort(first, kind="stable")
         furthest = np.maximum.accumulate(last[order])
         fresh = np.ones(len(order), np.bool_)
-        fresh[1:] = (first[order][1:] > furthest[:-1]) | (np.diff(places.number[order]) != 0)
+        fresh[1:] = (first[order][1:] > furthest[:-1]) | (np.diff(numbers[order]) != 0)
         heads = np.flatnonzero(fresh)
         firsts = first[order][heads]
         lasts = furthest[np.append(heads[1:], len(order)) - 1]
@@ -282,7 +285,7 @@ class SwapDevices:
             requests.append(
                 IoRequest(IoKind.READ, entry.device, extent, begin % SEGMENT_BYTES, finish - begin)
             )
-        start = places.number * SEGMENT_BYTES + places.offset - firsts[which]
+        start = places.address - firsts[which]
         return ReadPlan(requests, which, start, places)
 
     def collect(self, plan: ReadPlan, numbers: I64) -> list[memoryview | None]:

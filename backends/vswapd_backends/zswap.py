@@ -176,7 +176,7 @@ class Zswap:
             self._stamp[segment] = now
             self.live_bytes[segment] += portion.compressed_bytes
             self.live_entries[segment] += last - first
-            parts.append(Places(np.full(last - first, segment), offsets, portion.lengths))
+            parts.append(Places.within(segment, offsets, portion.lengths))
             first = last
         pool = self.pools[compressed.pool]
         self._account(pool, len(compressed), compressed.compressed_bytes)
@@ -242,17 +242,18 @@ class Zswap:
 
     def give_up(self, places: Places) -> None:
         """Entries that no word names any more: account them, and return segments left empty."""
-        np.subtract.at(self.live_bytes, places.number, places.length)
-        np.subtract.at(self.live_entries, places.number, 1)
+        segments = places.number
+        np.subtract.at(self.live_bytes, segments, places.length)
+        np.subtract.at(self.live_entries, segments, 1)
         if len(self.pools) == 1:
-            self._account(self.pools[0], -len(places.number), -int(places.length.sum()))
+            self._account(self.pools[0], -len(segments), -int(places.length.sum()))
         else:
-            of = self._pool[places.number]
+            of = self._pool[segments]
             entries = np.bincount(of, minlength=len(self.pools)).tolist()
             lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
             for pool, count, length in zip(self.pools, entries, lengths, strict=True):
                 self._account(pool, -count, -int(length))
-        empty = places.number[self.live_entries[places.number] == 0]
+        empty = segments[self.live_entries[segments] == 0]
         for segment in set(empty.tolist()):
             self._maybe_return(segment)
 
@@ -456,5 +457,8 @@ def concatenate_places(parts: Sequence[Places]) -> Places:
     """Several batches of places as one."""
     if not parts:
         none = np.empty(0, np.int64)
-        return Places(none, none, none)
-    return Places(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        return Places(none, none)
+    return Places(
+        np.concatenate([part.address for part in parts]),
+        np.concatenate([part.length for part in parts]),
+    )

@@ -95,7 +95,7 @@ class Compaction:
             stamp=max(zswap.stamp_of(s) for s in sources.tolist()),
         )
         length = np.concatenate(lengths)
-        places = Places(np.full(len(length), target), np.concatenate(offsets), length)
+        places = Places.within(target, np.concatenate(offsets), length)
         flipped = core.flip(
             np.concatenate(numbers),
             np.concatenate(words),

@@ -25,6 +25,7 @@ from vswapd.swap_table import (
     TAGS,
     SwapTable,
     Tag,
+    addresses_of,
     lengths_of,
     make_words,
     places_of,
@@ -134,7 +135,7 @@ class Core:
         if not len(same):
             return same
         old = expected[same]
-        moved = Places(*(column[same] for column in places))
+        moved = places.pick(same)
         table[numbers[same]] = make_words(tag, moved) | reference_bits(old)
         old_tag = Tag(int(tags_of(old[:1])[0]))
         length = int(moved.length.sum())
@@ -158,9 +159,9 @@ class Core:
             Indices into the directory, shape (k,), and the words of those slots, shape (k,).
         """
         words = self.table.words[numbers]
-        places = places_of(words)
         alive = np.flatnonzero(
-            (tags_of(words) == tag) & (places.number == number) & (places.offset == offsets)
+            (tags_of(words) == int(tag))
+            & (addresses_of(words) == Places.within(number, offsets, offsets).address)
         )
         return alive, words[alive]
 

@@ -179,7 +179,7 @@ class DeviceMoves:
         stale = np.ones(len(places.number), np.bool_)
         stale[flipped] = False
         if stale.any():
-            self._core.zswap.give_up(Places(*(column[stale] for column in places)))
+            self._core.zswap.give_up(places.pick(stale))
 
     # Merging
 
@@ -335,7 +335,7 @@ class DeviceMoves:
 
     def _flip(self, moving: _Moving, target: int, offsets: I64, group: Group) -> int:
         lengths = moving.directory.lengths
-        places = Places(np.full(len(lengths), target), offsets, lengths)
+        places = Places.within(target, offsets, lengths)
         flipped = self._core.flip(moving.directory.numbers, moving.words, Tag.PHYS, places, group)
         self._core.devices.keep(target, len(flipped), int(lengths[flipped].sum()))
         return len(flipped)

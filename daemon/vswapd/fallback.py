@@ -122,7 +122,7 @@ class Fallback:
             entry, extent = self._core.devices.device_of(filling.number)
             requests = _portion_writes(entry, extent, builder, begin)
             self._core.devices.pin(filling.number)
-            parts.append(Places(np.full(count, filling.number), offsets, portion.lengths))
+            parts.append(Places.within(filling.number, offsets, portion.lengths))
             self._writeback.in_flight += 1
             try:
                 yield IoBatch(requests)

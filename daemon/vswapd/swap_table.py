@@ -30,8 +30,6 @@ from vswapd_backends.shared import SharedRegion
 TAG_BITS: Final = 3
 LENGTH_SHIFT: Final = 4
 OFFSET_SHIFT: Final = 17
-NUMBER_SHIFT: Final = 35
-NUMBER_BITS: Final = 29
 WORD_BYTES: Final = 8
 CLUSTER_SLOTS: Final = 512
 CLUSTER_SHIFT: Final = 9
@@ -39,10 +37,8 @@ CLUSTER_SHIFT: Final = 9
 _TAG_MASK: Final = np.uint64(0b111)
 _REFERENCED: Final = np.uint64(0b1000)
 _LENGTH_MASK: Final = np.uint64((1 << 13) - 1)
-_OFFSET_MASK: Final = np.uint64((1 << 18) - 1)
 _LENGTH_SHIFT: Final = np.uint64(LENGTH_SHIFT)
 _OFFSET_SHIFT: Final = np.uint64(OFFSET_SHIFT)
-_NUMBER_SHIFT: Final = np.uint64(NUMBER_SHIFT)
 
 
 class Tag(IntEnum):
@@ -65,8 +61,7 @@ TAGS: Final = 1 << TAG_BITS
 def make_words(tag: Tag, places: Places) -> U64:
     """Words of `tag` (ZSWAP or PHYS) for n places, not referenced; shape (n,)."""
     assert tag in (Tag.ZSWAP, Tag.PHYS)
-    words = places.number << NUMBER_SHIFT
-    words |= places.offset << OFFSET_SHIFT
+    words = places.address << OFFSET_SHIFT
     words |= places.length << LENGTH_SHIFT
     words |= int(tag)
     return words.view(np.uint64)
@@ -85,11 +80,7 @@ def all_tagged(words: U64, tag: Tag) -> bool:
 
 def places_of(words: U64) -> Places:
     """The places of n ZSWAP or PHYS words."""
-    return Places(
-        (words >> _NUMBER_SHIFT).view(np.int64),
-        ((words >> _OFFSET_SHIFT) & _OFFSET_MASK).view(np.int64),
-        ((words >> _LENGTH_SHIFT) & _LENGTH_MASK).view(np.int64),
-    )
+    return Places(addresses_of(words), lengths_of(words))
 
 
 def lengths_of(words: U64) -> I64:

@@ -25,8 +25,9 @@ from vswapd.swap_table import (
     places_of,
     tags_of,
 )
-from vswapd_backends.base import I64, PAUSE, SEGMENT_BYTES, U64, IoBatch, Operation, Places
+from vswapd_backends.base import I64, PAUSE, U64, IoBatch, Operation, Places
 from vswapd_backends.codec import CorruptError
+from vswapd_backends.segment import CHECK_BYTES
 from vswapd_backends.zswap import decode
 
 _BATCH: Final = 1024
@@ -79,7 +80,7 @@ def _check_pool(core: Core, numbers: I64, report: VerifyReport) -> None:
     if not len(numbers):
         return
     places = places_of(words)
-    addresses = places.number * SEGMENT_BYTES + places.offset
+    addresses = places.address
     bad = set(core.zswap.wrong(addresses, places.length))
     good = np.array([i for i in range(len(numbers)) if i not in bad], np.int64)
     entries = core.zswap.entries(addresses, places.length)
@@ -194,14 +195,15 @@ def _check_extents(core: Core, words: U64, tags: I64) -> list[str]:
     for device in core.devices:
         path = device.device.path
         base = device.number_of(0)
-        mine = (places.number >= base) & (places.number < base + len(device.live_entries))
-        extents = places.number[mine] - base
+        numbers = places.number
+        mine = (numbers >= base) & (numbers < base + len(device.live_entries))
+        extents = numbers[mine] - base
         shape = len(device.live_entries)
         entries = np.bincount(extents, minlength=shape)
         lengths = np.bincount(extents, places.length[mine], minlength=shape)
         if (entries != device.live_entries).any() or (lengths != device.live_bytes).any():
             problems.append(f"{path}: extents count other live entries than the table names")
-        overlap = _overlapping(Places(*(column[mine] for column in places)))
+        overlap = _overlapping(places.pick(mine))
         if overlap:
             problems.append(f"{path}: {overlap} entries lie over each other")
         held = int(((device.live_entries > 0) | (device.pins > 0)).sum())
@@ -211,10 +213,10 @@ def _check_extents(core: Core, words: U64, tags: I64) -> list[str]:
 
 
 def _overlapping(places: Places) -> int:
-    order = np.lexsort((places.offset, places.number))
-    number, offset = places.number[order], places.offset[order]
-    end = offset + places.length[order] + 8
-    return int(((number[1:] == number[:-1]) & (offset[1:] < end[:-1])).sum())
+    order = np.argsort(places.address)
+    begin = places.address[order]
+    end = begin + places.length[order] + CHECK_BYTES
+    return int((begin[1:] < end[:-1]).sum())
 
 
 def _check_groups(core: Core, words: U64, tags: I64) -> list[str]:

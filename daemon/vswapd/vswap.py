@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vswap.protocol import Reason
+from vswap.protocol import MAX_BATCH, Reason
 from vswapd import snapshot as snapshots
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
@@ -63,6 +63,8 @@ from vswapd_backends.zswap import Compressed, decode
 from vswapd_blockdev.device import BlockDevice
 
 _PAGE_WORDS: Final = PAGE_BYTES // 8
+_PAGE_SLICES: Final = [slice(i * PAGE_BYTES, (i + 1) * PAGE_BYTES) for i in range(MAX_BATCH)]
+"""Made once: a slice per page and request would be 0.03 us."""
 _CLOSE_CLUSTERS: Final = 64
 """Clusters of a closed space that are freed per step: 32768 slots, about 2 ms under the lock."""
 
@@ -177,22 +179,22 @@ class Engine:
             pages: n * PAGE_BYTES contiguous bytes, n at least 1.
 
         Raises:
-            BatchError: no whole pages.
+            BatchError: no whole pages, or too many.
         """
         view = memoryview(pages).cast("B")
         count, rest = divmod(len(view), PAGE_BYTES)
-        if rest or not count:
+        if rest or not 1 <= count <= MAX_BATCH:
             raise BatchError(
-                f"{len(view)} bytes are no whole pages: hand over n * {PAGE_BYTES} bytes, n >= 1"
+                f"a folio is n * {PAGE_BYTES} bytes, n from 1 to {MAX_BATCH}; these are {len(view)}"
             )
         zero = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
         if zero is None:
-            chosen = [view[o : o + PAGE_BYTES] for o in range(0, len(view), PAGE_BYTES)]
+            chosen = list(map(view.__getitem__, _PAGE_SLICES[:count]))
         else:
-            offsets = (np.flatnonzero(~zero) * PAGE_BYTES).tolist()
-            if not offsets:
+            left = np.flatnonzero(~zero).tolist()
+            if not left:
                 return Folio(count, zero, None)
-            chosen = [view[o : o + PAGE_BYTES] for o in offsets]
+            chosen = [view[_PAGE_SLICES[i]] for i in left]
         pool = self.core.zswap.current
         entries = pool.codec.compress(chosen)
         lengths = np.fromiter(map(len, entries), np.int64, len(entries))

@@ -297,7 +297,7 @@ class Writeback:
         core = self._core
         numbers = np.concatenate(gathered.numbers)
         lengths = np.concatenate(gathered.lengths)
-        places = Places(np.full(len(numbers), number), np.concatenate(gathered.offsets), lengths)
+        places = Places.within(number, np.concatenate(gathered.offsets), lengths)
         flipped = core.flip(numbers, np.concatenate(gathered.words), Tag.PHYS, places, group)
         core.devices.keep(number, len(flipped), int(lengths[flipped].sum()))
         core.stats.writeback_pages += len(flipped)

@@ -9,6 +9,7 @@ This module must not know the wire.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import stat
@@ -56,9 +57,15 @@ def candidates(
 
 
 class Search:
-    """A walk through the candidates, which remembers why none was taken."""
+    """A walk through the candidates, which remembers why none was taken.
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    Raises:
+        ValueError: `timeout` is no positive number of seconds.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None, timeout: float | None) -> None:
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self.places = candidates(path, os.environ, os.getuid())
         self._tried: list[str] = []
 
@@ -82,7 +89,7 @@ def open_socket(path: str | os.PathLike[str] | None, timeout: float | None) -> s
     Raises:
         NoDaemon: none does; the text says where it was looked for and what to do.
     """
-    search = Search(path)
+    search = Search(path, timeout)
     for candidate in search.places:
         try:
             sock = unconnected_socket(candidate)

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _GATHER_BYTES: Final = 65536
 """Small requests are sent together up to this many bytes, to save system calls."""
+_GATHER_BUFFERS: Final = 512
+"""... and up to this many of their pieces; the kernel takes 1024 (IOV_MAX)."""
 _READ_BYTES: Final = 1 << 20
 """Most bytes read before the loop's other work has its turn."""
 _RETRY_S: Final = 0.01
@@ -45,7 +47,7 @@ async def open_async(
     Raises:
         NoDaemon: none does.
     """
-    search = Search(path)
+    search = Search(path, silence_s)
     for candidate in search.places:
         try:
             sock = unconnected_socket(candidate)
@@ -156,10 +158,13 @@ class AsyncConnection:
                     self._loop.add_writer(self._sock, self._write)
                     self._writer_added = True
                 return
-            except OSError:
-                # Whatever it is, the reader will meet it too, behind the daemon's last words.
+            except (BrokenPipeError, ConnectionResetError):
+                # The reader will meet the end too, behind the daemon's last words.
                 self._mute = True
                 break
+            except OSError as error:
+                self._lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
+                return
             self._drop(sent)
         if self._writer_added:
             self._loop.remove_writer(self._sock)
@@ -168,7 +173,7 @@ class AsyncConnection:
     def _gather(self) -> None:
         """Fill up `_buffers` with the next frames."""
         pending = sum(map(len, self._buffers))
-        while self._queue and pending < _GATHER_BYTES:
+        while self._queue and pending < _GATHER_BYTES and len(self._buffers) < _GATHER_BUFFERS:
             frame = self.conversation.request(self._queue[0])
             if frame is not None:
                 self._buffers += frame

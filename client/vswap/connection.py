@@ -19,7 +19,6 @@ This module must not know what the calls mean.
 from __future__ import annotations
 
 import errno
-import math
 import os
 import select
 import socket
@@ -49,8 +48,6 @@ class Connection:
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
-        if timeout is not None and not (0 < timeout < math.inf):
-            raise ValueError(f"a timeout is a positive number of seconds, not {timeout!r}")
         self._sock = sock
         self._timeout = timeout
         self._lock = threading.Lock()

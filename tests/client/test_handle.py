@@ -123,11 +123,10 @@ def test_a_mapping_can_be_closed_while_its_error_is_handled(
     mapping = mmap.mmap(-1, 100 * 4096)
     with RefusingDaemon(socket_path) as refusing, vswap.connect(socket_path) as space:
         refusing.hang_up_first = hang_up
-        try:
+        with pytest.raises(vswap.ConnectionLost if hang_up else vswap.BadSlot) as caught:
             CALLS[name](space, mapping)
-        except (vswap.BadSlot, vswap.ConnectionLost) as error:
-            mapping.close()
-            assert isinstance(error, vswap.ConnectionLost) == hang_up
+        assert caught.value.__traceback__ is not None
+        mapping.close()
     assert mapping.closed
 
 

@@ -99,10 +99,13 @@ class FakeDaemon:
             while len(raw := stream.read(HEADER_BYTES)) == HEADER_BYTES:
                 header = protocol.parse_header(raw, 0, protocol.MAX_FRAME_BYTES)
                 body = stream.read(header.body_bytes)
-                with self._lock:
-                    self.requests.append(header)
-                    replies = list(self.answer(header, body))
-                for reply in replies:
+                self.requests.append(header)
+                replies = self.answer(header, body)
+                while True:
+                    with self._lock:
+                        reply = next(replies, None)
+                    if reply is None:
+                        break
                     connection.sendall(reply)
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)

@@ -1,0 +1,355 @@
+"""Small engines for tests: pages of every kind, devices that fail on demand, looks without traces.
+
+Invariants:
+- Nothing here sleeps or asks a real clock: time is what `Clock` was set to.
+- `Rig.peek` leaves everything as it was, reference bits and counters included.
+- A `MemoryDevice` is as unkind as the contract allows: what a failed write touched, and what was
+  discarded, is garbage afterwards.
+
+This module must not know any one test.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+import numpy as np
+
+from vswapd.errors import PageLostError
+from vswapd.groups import Space
+from vswapd.settings import GroupLimits, Settings
+from vswapd.swap_table import Tag, places_of, tags_of
+from vswapd.verify import VerifyReport, check_sums
+from vswapd.vswap import Engine, Stored
+from vswapd.writeback import Written
+from vswapd_backends.base import PAGE_BYTES, U64, run
+from vswapd_backends.segment import CHECK_BYTES
+from vswapd_backends.swapdev import SwapDevice
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, ReadError, WriteError
+
+MIB: Final = 1 << 20
+KIB: Final = 1 << 10
+ZERO: Final = bytes(PAGE_BYTES)
+DAY: Final = 86400.0
+UNLIMITED: Final = GroupLimits()
+
+# Pages
+
+
+@lru_cache(maxsize=1)
+def _prose() -> bytes:
+    chooser = random.Random(7)
+    words = [
+        "".join(chooser.choices("etaoinshrdlu", k=chooser.randint(2, 9))) for _ in range(400)
+    ]
+    return " ".join(chooser.choices(words, k=12000)).encode()
+
+
+@lru_cache(maxsize=4096)
+def page(kind: str, seed: int) -> bytes:
+    """A page that no other kind and seed gives.
+
+    Kinds: `text` shrinks to about two fifths, `mixed` to about three quarters, `noise` not at all,
+    `repeat` to some 30 bytes, `zero` is zero whatever the seed.
+    """
+    if kind == "zero":
+        return ZERO
+    stamp = seed.to_bytes(8, "little") + kind[:1].encode()
+    chooser = random.Random(f"{kind} {seed}")
+    match kind:
+        case "noise":
+            body = chooser.randbytes(PAGE_BYTES)
+        case "repeat":
+            body = bytes([seed % 255 + 1]) * PAGE_BYTES
+        case "text" | "mixed":
+            start = chooser.randrange(len(_prose()) - PAGE_BYTES)
+            body = _prose()[start : start + PAGE_BYTES]
+            if kind == "mixed":
+                body = chooser.randbytes(PAGE_BYTES // 2) + body
+        case _:
+            raise ValueError(kind)
+    return (stamp + body)[:PAGE_BYTES]
+
+
+KINDS: Final = ("text", "mixed", "noise", "repeat", "zero")
+
+
+def pages_of(kind: str, count: int, first: int = 0) -> list[bytes]:
+    """`count` different pages of one kind (but for `zero`)."""
+    return [page(kind, first + i) for i in range(count)]
+
+
+def ids(*slots: int) -> U64:
+    """Slot ids as requests carry them."""
+    return np.array(slots, np.uint64)
+
+
+# Clock and device
+
+
+class Clock:
+    """Seconds that only pass when they are told to."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class MemoryDevice:
+    """A swap device in memory that holds its caller to the contract, and fails when told to."""
+
+    def __init__(self, extents: int, path: str = "mem") -> None:
+        self.path = path
+        self.extents = extents
+        self.direct = False
+        self.encrypted = False
+        self.data = bytearray(extents * EXTENT_BYTES)
+        self.closed = False
+        self.reads = 0
+        self.writes = 0
+        self.discards = 0
+        self.fails: Callable[[str, int], bool] | None = None
+        """Asked with `read` or `write` and that operation's number, from 1: whether it fails."""
+        self.lies = False
+        """Writes are acknowledged and dropped."""
+
+    def _span(self, extent: int, offset: int, length: int) -> slice:
+        assert not self.closed, "a closed device was used"
+        assert 0 <= extent < self.extents
+        assert offset % BLOCK_BYTES == 0
+        assert length % BLOCK_BYTES == 0
+        assert length > 0
+        assert 0 <= offset
+        assert offset + length <= EXTENT_BYTES
+        start = extent * EXTENT_BYTES + offset
+        return slice(start, start + length)
+
+    def read(self, extent: int, offset: int, length: int) -> memoryview:
+        span = self._span(extent, offset, length)
+        self.reads += 1
+        if self.fails is not None and self.fails("read", self.reads):
+            raise ReadError(self.path, "told to fail")
+        return memoryview(bytes(self.data[span]))
+
+    def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        span = self._span(extent, offset, len(data))
+        self.writes += 1
+        if self.fails is not None and self.fails("write", self.writes):
+            self.data[span] = b"\xee" * len(data)
+            raise WriteError(self.path, "told to fail")
+        if not self.lies:
+            self.data[span] = data
+
+    def discard(self, extent: int, count: int = 1) -> None:
+        assert not self.closed, "a closed device was used"
+        assert count >= 1
+        assert 0 <= extent <= self.extents - count
+        self.discards += 1
+        span = slice(extent * EXTENT_BYTES, (extent + count) * EXTENT_BYTES)
+        self.data[span] = b"\xdd" * (count * EXTENT_BYTES)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+# Engine
+
+
+@dataclass
+class Rig:
+    """An engine with its clock and devices, and the verbs that tests use most."""
+
+    engine: Engine
+    clock: Clock
+    devices: list[MemoryDevice] = field(default_factory=list)
+
+    # Requests
+
+    def space(self, group: str = "0", client: str = "") -> Space:
+        return self.engine.open_space(uid=int(group), group=group, client=client)
+
+    def store(
+        self, space: Space, pages: Sequence[bytes], slots: U64 | Sequence[int] | None = None
+    ) -> Stored:
+        where = None if slots is None else np.asarray(slots, np.uint64)
+        return run(self.engine.store(space, self.engine.prepare(b"".join(pages)), where))
+
+    def put(self, space: Space, pages: Sequence[bytes]) -> U64:
+        """Store to new slots, which must succeed."""
+        stored = self.store(space, pages)
+        assert stored.reason is None, stored.reason
+        return stored.slots
+
+    def load(self, space: Space, slots: U64 | Sequence[int]) -> list[bytes]:
+        found = run(self.engine.load(space, np.asarray(slots, np.uint64)))
+        return [bytes(page) for page in found]
+
+    def free(self, space: Space, slots: U64 | Sequence[int]) -> None:
+        run(self.engine.free(space, np.asarray(slots, np.uint64)))
+
+    def close(self, space: Space) -> None:
+        run(self.engine.close_space(space))
+
+    def writeback(self, nbytes: int = 1 << 40) -> Written:
+        """As much as will go by default."""
+        return run(self.engine.writeback(nbytes))
+
+    # Steering
+
+    def set(self, **changes: Any) -> None:
+        """Change settings; `groups` by name, `default_group` for all others."""
+        self.engine.apply(dataclasses.replace(self.engine.core.settings, **changes))
+
+    def swapon(self, extents: int = 16, priority: int = 0, path: str | None = None) -> MemoryDevice:
+        device = MemoryDevice(extents, path or f"mem{len(self.devices)}")
+        self.devices.append(device)
+        self.engine.swapon(device, priority)
+        return device
+
+    def swapoff(self, device: MemoryDevice) -> int:
+        """Drain it and, as its owner does, close it."""
+        moved = run(self.engine.swapoff(device.path))
+        self.devices.remove(device)
+        device.close()
+        return moved
+
+    def shrink(self, most: int = 200) -> list[str]:
+        """Count and scan until the shrinker idles; what it did, step by step."""
+        done: list[str] = []
+        while count := self.engine.shrinker.count():
+            done.append(self.engine.shrinker.doing)
+            run(self.engine.shrinker.scan(count))
+            assert len(done) < most, f"the shrinker spins: {done[-10:]}"
+        return done
+
+    def settle(self) -> None:
+        """Let the shrinker finish what becomes due by time alone."""
+        self.shrink()
+        self.clock.advance(2)
+        self.shrink()
+
+    # Looks
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.engine.snapshot().pool.bytes
+
+    def tags(self, slots: U64) -> list[Tag]:
+        """What stands behind slots now; does not ask whose they are."""
+        return [Tag(tag) for tag in tags_of(self.words(slots)).tolist()]
+
+    def words(self, slots: U64) -> U64:
+        words: U64 = self.engine.core.table.words[numbers_of(slots)]
+        return words
+
+    def device_of(self, device: MemoryDevice) -> SwapDevice:
+        """What the engine knows of a device."""
+        found = self.engine.core.devices.find(device.path)
+        assert found is not None
+        return found
+
+    def damage(self, slot: int, *, byte: int = 0) -> None:
+        """Flip one byte of a slot's entry, wherever it lies: `byte` counts from its check on."""
+        word = self.words(ids(slot))
+        places = places_of(word)
+        at = int(places.offset[0]) + byte
+        assert byte < CHECK_BYTES + int(places.length[0])
+        if tags_of(word)[0] == Tag.ZSWAP:
+            arena = self.engine.core.zswap.arena
+            arena.view[int(places.number[0]) * EXTENT_BYTES + at] ^= 0x55
+            return
+        entry, extent = self.engine.core.devices.device_of(int(places.number[0]))
+        assert isinstance(entry.device, MemoryDevice)
+        entry.device.data[extent * EXTENT_BYTES + at] ^= 0x55
+
+    def sums(self) -> list[str]:
+        """What does not add up now: nothing."""
+        return check_sums(self.engine.core)
+
+    def check(self) -> None:
+        """All sums agree."""
+        assert self.sums() == []
+
+    def verify(self) -> VerifyReport:
+        return run(self.engine.verify())
+
+    def peek(self, space: Space, slots: U64) -> list[bytes | None]:
+        """The pages of slots, None for those that are lost; nobody notices that they were read."""
+        core = self.engine.core
+        stats, core.stats = core.stats, copy.deepcopy(core.stats)
+        words = self.words(slots)
+        protected = self.engine.shrinker._protected
+        errors = [(d, d.read_errors) for d in core.devices]
+        faults = [(d, d.fails, d.reads) for d in self.devices]
+        corrupt = core.zswap.corrupt_entries
+        for device in self.devices:
+            device.fails = None
+        try:
+            return self._peek(space, slots)
+        finally:
+            core.stats = stats
+            core.table.words[numbers_of(slots)] = words
+            core.zswap.corrupt_entries = corrupt
+            self.engine.shrinker._protected = protected
+            for entry, count in errors:
+                entry.read_errors = count
+            for device, fails, reads in faults:
+                device.fails, device.reads = fails, reads
+
+    def _peek(self, space: Space, slots: U64) -> list[bytes | None]:
+        found: list[bytes | None] = [None] * len(slots)
+        left = list(range(len(slots)))
+        while left:
+            try:
+                pages = run(self.engine.load(space, slots[left]))
+            except PageLostError as error:
+                lost = set(error.slots.tolist())
+                assert lost
+                left = [i for i in left if int(slots[i]) not in lost]
+            else:
+                for index, got in zip(left, pages, strict=True):
+                    found[index] = bytes(got)
+                break
+        return found
+
+
+def numbers_of(slots: U64) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The slot numbers in ids."""
+    return slots.astype(np.int64) & ((1 << 40) - 1)
+
+
+def make_engine(
+    pool_max: int = 4 * MIB,
+    *,
+    arena_bytes: int = 16 * MIB,
+    devices: Sequence[int] = (),
+    clock: Clock | None = None,
+    **settings: Any,
+) -> Rig:
+    """An engine of its own.
+
+    Args:
+        pool_max: the pool's limit; the arena has at least 8 MiB more.
+        arena_bytes: address space for the pool.
+        devices: extents of the devices to put into use, `mem0`, `mem1`, ..., all of priority 0.
+        clock: the engine's time; its own by default.
+        settings: any other field of Settings.
+    """
+    clock = clock or Clock()
+    settings.setdefault("max_slots", 1 << 16)
+    chosen = Settings(pool_max=pool_max, **settings)
+    rig = Rig(Engine.create(chosen, clock, arena_bytes=arena_bytes), clock)
+    for extents in devices:
+        rig.swapon(extents)
+    return rig

@@ -99,11 +99,13 @@ MANPAGE = $(TOOLS)/bin/argparse-manpage --function build_parser --project-name v
 $(STAGE)/man/vswapd.8: $(STAGE)/venv/stamp docs/man/vswapd.include
 	mkdir -p $(@D)
 	COLUMNS=80 PYTHONPATH=$(SITE) $(MANPAGE) --module vswapd.cli --prog vswapd --manual-section 8 \
+		--description 'the page store: keeps pages of other programs compressed' \
 		--include docs/man/vswapd.include --output $@
 
 $(STAGE)/man/vswapctl.1: $(STAGE)/venv/stamp docs/man/vswapctl.include
 	mkdir -p $(@D)
 	COLUMNS=80 PYTHONPATH=$(SITE) $(MANPAGE) --module vswapd.ctl.parser --prog vswapctl --manual-section 1 \
+		--description 'see and steer a vswapd' \
 		--include docs/man/vswapctl.include --output $@
 
 $(STAGE)/completions/vswapctl.%: $(STAGE)/venv/stamp
@@ -147,7 +149,7 @@ install: stage ## install below PREFIX (/usr/local), staged below DESTDIR if giv
 	cp -RP $(STAGE)/venv '$(DESTDIR)$(LIBDIR).new'
 	rm -f '$(DESTDIR)$(LIBDIR).new/stamp'
 	chmod -R u=rwX,go=rX '$(DESTDIR)$(LIBDIR).new'
-	$(STAGE)/venv/bin/python -m compileall -q -s '$(DESTDIR)$(LIBDIR).new' -p '$(LIBDIR)' '$(DESTDIR)$(LIBDIR).new'
+	$(STAGE)/venv/bin/python -m compileall -q -f -s '$(DESTDIR)$(LIBDIR).new' -p '$(LIBDIR)' '$(DESTDIR)$(LIBDIR).new'
 	rm -rf '$(DESTDIR)$(LIBDIR)'
 	mv '$(DESTDIR)$(LIBDIR).new' '$(DESTDIR)$(LIBDIR)'
 	$(foreach command,$(COMMANDS), \

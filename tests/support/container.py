@@ -28,6 +28,8 @@ from support.sources import REPOSITORY
 
 KEPT = REPOSITORY / "build" / "system-tests"
 BOOT_DEADLINE_S = 120.0
+COMMAND_DEADLINE_S = 300.0
+"""No command inside takes longer than a minute, installing everything included."""
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")
 COMMANDS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -102,7 +104,14 @@ class Container:
 
 
 def _run(command: Sequence[str], script: str | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, input=script or "", capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command,
+        input=script or "",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=COMMAND_DEADLINE_S,
+    )
 
 
 def _checked(command: Sequence[str], script: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -69,21 +69,29 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
 
 
 def _fetch_wheels(container: Container, directory: Path) -> None:
-    """Everything `make install` needs, for the container's Python, which may not be this one's."""
+    """Everything `make install` needs, for the container's Python, which may not be this one."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    wanted = [
-        "pip>=25.1",
-        *project["build-system"]["requires"],
-        *project["project"]["dependencies"],
-        *project["dependency-groups"]["man"],
-    ]
     version = container.run(
         "python3", "-c", "import sys; print(*sys.version_info[:2], sep='.')"
     ).stdout.strip()
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet"]
-    command += ["--dest", str(directory), "--only-binary=:all:", f"--python-version={version}"]
-    subprocess.run([*command, *wanted], check=True)
+    _pip(
+        *("download", f"--dest={directory}", "--only-binary=:all:", f"--python-version={version}"),
+        *project["project"]["dependencies"],
+    )
+    # What builds is pure Python, and some of it comes as sources only.
+    tools = [*project["build-system"]["requires"], *project["dependency-groups"]["man"]]
+    _pip("wheel", f"--wheel-dir={directory}", "pip>=25.1", *tools)
     shutil.copytree(directory, container.root / "wheels")
+
+
+def _pip(*arguments: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def _client(machine: Container, script: str, user: str) -> subprocess.CompletedProcess[str]:

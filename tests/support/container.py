@@ -46,6 +46,15 @@ def missing() -> str | None:
     return f"not installed: {', '.join(absent)}" if absent else None
 
 
+def raises_limits() -> bool:
+    """Whether root may raise limits here; in some virtual machines and containers it may not."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "CapEff":
+            return bool(int(value, 16) >> 24 & 1)  # CAP_SYS_RESOURCE, see capability.h
+    return False
+
+
 def release() -> str:
     """The Debian (or derived) release of this machine, for which debootstrap has a mirror."""
     for line in Path("/etc/os-release").read_text().splitlines():

@@ -141,3 +141,19 @@ def test_the_example_is_a_conversation() -> None:
         else:
             assert asked is not None
             assert (header.op, header.request_id) == (asked.op, asked.request_id)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "support/wire.py",
+        "client/test_protocol_independent.py",
+        "client/test_protocol_rejections.py",
+        "client/test_protocol_closing.py",
+        "client/test_protocol_steering.py",
+    ],
+)
+def test_the_independent_client_is_independent(path: str) -> None:
+    """The client that shows the page to be complete imports nothing of ours."""
+    source = (Path(__file__).parents[1] / path).read_text()
+    assert not re.search(r"^\s*(import|from) vswap", source, re.MULTILINE)

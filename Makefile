@@ -105,7 +105,6 @@ $(STAGE)/man/vswapd.8: $(STAGE)/venv/stamp docs/man/vswapd.include
 $(STAGE)/man/vswapctl.1: $(STAGE)/venv/stamp docs/man/vswapctl.include
 	mkdir -p $(@D)
 	COLUMNS=80 PYTHONPATH=$(SITE) $(MANPAGE) --module vswapd.ctl.parser --prog vswapctl --manual-section 1 \
-		--description 'see and steer a vswapd' \
 		--include docs/man/vswapctl.include --output $@
 
 $(STAGE)/completions/vswapctl.%: $(STAGE)/venv/stamp

@@ -1,0 +1,368 @@
+"""vswapctl against a daemon that answers what the test wants: arguments, output, exit codes."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.fake_daemon import FakeDaemon
+from support.status_documents import BUSY, EMPTY
+from vswap.protocol import Header, Op, Status
+from vswapd.ctl import main
+
+ANSWERS: dict[str, dict[str, Any]] = {
+    "set": {"key": "pool.max", "old": "20%", "new": "1G"},
+    "reload": {"changed": ["pool.max"], "restart": ["server.max_batch"]},
+    "swapon": {"path": "/swap", "size_bytes": 1 << 30, "priority": 3},
+    "swapoff": {"path": "/swap", "moved_pages": 12345},
+    "writeback": {"bytes": 100 << 20, "pages": 51200, "stopped": None},
+    "compact": {"moved_bytes": 3 << 20, "freed_bytes": 12 << 20},
+    "verify": {
+        "ok": True,
+        "problems": [],
+        "slots": 9000,
+        "entries": 8000,
+        "checked_bytes": 1 << 20,
+    },
+    "spaces": {
+        "spaces": [
+            {
+                "id": 1,
+                "client": "small 1\x1b[2J",
+                "pid": 77,
+                "uid": 0,
+                "group": "0",
+                "slots": 10,
+                "original_bytes": 40960,
+                "compressed_bytes": 4096,
+                "zero": 2,
+                "connected_s": 61.0,
+            },
+            {
+                "id": 2,
+                "client": "large 2",
+                "pid": 78,
+                "uid": 4294967294,
+                "group": "4294967294",
+                "slots": 20000,
+                "original_bytes": 81920000,
+                "compressed_bytes": 1 << 20,
+                "zero": 0,
+                "connected_s": 3600.0,
+            },
+        ]
+    },
+}
+
+
+class Daemon(FakeDaemon):
+    """Keeps what it was asked, answers from `answers`, or refuses with `refuse`."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, space=None, token=None)
+        self.asked: list[dict[str, Any]] = []
+        self.answers = dict(ANSWERS)
+        self.documents = [BUSY]
+        self.refuse: tuple[Status, str] | None = None
+
+    def execute(self, header: Header, body: bytes) -> tuple[int, bytes, int, int]:
+        if header.op == Op.STATUS:
+            document = self.documents.pop(0) if len(self.documents) > 1 else self.documents[0]
+            return 0, json.dumps(document).encode(), 0, 0
+        if header.op == Op.CONTROL:
+            self.asked.append(json.loads(body))
+            if self.refuse:
+                return self.refuse[0], self.refuse[1].encode(), 0, 0
+            return 0, json.dumps(self.answers[self.asked[-1]["verb"]]).encode(), 0, 0
+        return super().execute(header, body)
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    path = tmp_path / "s"
+    monkeypatch.setenv("VSWAP_SOCKET", str(path))
+    monkeypatch.delenv("COLUMNS", raising=False)
+    with Daemon(path) as daemon:
+        yield daemon
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*words: str) -> tuple[int, str, str]:
+        try:
+            code = main(list(words))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_status_is_the_first_screen(daemon: Daemon, run: Run) -> None:
+    """Without a verb, the status is shown, at 80 columns and without colours in a pipe."""
+    golden = Path(__file__).parent / "golden/busy.txt"
+    for words in ((), ("status",)):
+        code, out, err = run(*words)
+        assert (code, err) == (0, "")
+        assert "".join(f"{line.rstrip()}\n" for line in out.splitlines()) == golden.read_text()
+
+
+def test_socket_can_be_named(daemon: Daemon, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--socket goes before the environment."""
+    monkeypatch.setenv("VSWAP_SOCKET", "/nowhere")
+    assert run("--socket", str(daemon.path), "status")[0] == 0
+    assert run("--socket", str(daemon.path))[0] == 0
+
+
+def test_status_as_json_is_the_document(daemon: Daemon, run: Run) -> None:
+    """--json prints the STATUS document with nothing added or left out."""
+    assert json.loads(run("status", "--json")[1]) == BUSY
+
+
+def test_status_as_picture(daemon: Daemon, run: Run, tmp_path: Path) -> None:
+    """--svg writes the screen to a file and prints nothing."""
+    code, out, _ = run("status", "--svg", str(tmp_path / "x.svg"))
+    assert (code, out) == (0, "")
+    assert "RAM" in (tmp_path / "x.svg").read_text()
+
+
+@pytest.mark.parametrize("words", [(), ("--json",)])
+def test_watch_goes_on_until_interrupted(
+    daemon: Daemon,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+) -> None:
+    """--watch shows the status again after each interval; Ctrl-C ends it with 0."""
+    later = BUSY | {"uptime_s": BUSY["uptime_s"] + 2}
+    later["traffic"] = BUSY["traffic"] | {"load_pages": BUSY["traffic"]["load_pages"] + 200}
+    daemon.documents = [BUSY, later]
+    waits: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("vswapd.ctl.verbs._sleep", sleep)
+    code, out, _ = run("status", "--watch", "2", *words)
+    assert (code, waits) == (0, [2.0, 2.0])
+    if words:
+        assert [json.loads(line) for line in out.splitlines()] == [BUSY, later]
+    else:
+        assert out.count("of RAM saved") == 2
+        assert "100/s loaded" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "said"),
+    [
+        ("set pool.max=1G", {"key": "pool.max", "value": "1G"}, "pool.max: 20% -> 1G\n"),
+        ("reload", {}, "changed: pool.max\nneeds a restart: server.max_batch\n"),
+        ("swapon /swap", {"path": "/swap"}, "/swap: 1.00 GiB, priority 3\n"),
+        (
+            "swapon /swap --size 1G --priority 3 --no-encrypt",
+            {"path": "/swap", "size": 1 << 30, "priority": 3, "encrypt": False},
+            "/swap: 1.00 GiB, priority 3\n",
+        ),
+        ("swapoff /swap", {"path": "/swap"}, "/swap: out of use, 12,345 pages were moved\n"),
+        ("writeback 100M", {"bytes": 100 << 20}, "51,200 pages, 100 MiB written\n"),
+        ("compact", {}, "12.0 MiB given back, 3.00 MiB moved\n"),
+        ("verify", {}, "all good: 9,000 slots, 8,000 entries, 1.00 MiB checked\n"),
+    ],
+)
+def test_verb_asks_and_tells(
+    daemon: Daemon, run: Run, words: str, asked: dict[str, Any], said: str
+) -> None:
+    """Each verb sends exactly its arguments and tells the answer in words, or as it came."""
+    verb = words.split(maxsplit=1)[0]
+    assert run(*words.split()) == (0, said, "")
+    assert daemon.asked == [{"verb": verb} | asked]
+    assert json.loads(run(*words.split(), "--json")[1]) == ANSWERS[verb]
+
+
+def test_relative_paths_are_the_callers(
+    daemon: Daemon, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's path is sent as an absolute one: the daemon's directory is another."""
+    monkeypatch.chdir(tmp_path)
+    run("swapon", "swap")
+    run("swapoff", "swap")
+    assert [asked["path"] for asked in daemon.asked] == [str(tmp_path / "swap")] * 2
+
+
+def test_settings_are_set_in_order_and_listed(daemon: Daemon, run: Run) -> None:
+    """Several settings are sent one by one; without any, those in force are listed."""
+    run("set", "a=1", "b=2=3", "c=")
+    assert [(a["key"], a["value"]) for a in daemon.asked] == [("a", "1"), ("b", "2=3"), ("c", "")]
+    code, out, _ = run("set")
+    assert code == 0
+    assert dict(line.split("=", 1) for line in out.splitlines()) == BUSY["settings"]
+    assert json.loads(run("set", "--json")[1]) == BUSY["settings"]
+
+
+def test_first_refused_setting_ends_it(daemon: Daemon, run: Run) -> None:
+    """After a refusal, no later setting is sent."""
+    daemon.refuse = (Status.BAD_ARGUMENT, "a: there is no such key; did you mean b?")
+    assert run("set", "a=1", "b=2") == (
+        2,
+        "",
+        "vswapctl: a: there is no such key; did you mean b?\n",
+    )
+    assert len(daemon.asked) == 1
+
+
+def test_reload_without_changes(daemon: Daemon, run: Run) -> None:
+    """A reload that changed nothing says so."""
+    daemon.answers["reload"] = {"changed": [], "restart": []}
+    assert run("reload")[1] == "nothing has changed\n"
+
+
+def test_verify_problems_are_exit_1(daemon: Daemon, run: Run) -> None:
+    """Each problem is one line, and the exit code says that there are some, in JSON too."""
+    problems = ["slot 5: checksum", "pool: 3 bytes too many"]
+    daemon.answers["verify"] = ANSWERS["verify"] | {"ok": False, "problems": problems}
+    code, out, _ = run("verify")
+    assert code == 1
+    assert out.splitlines()[:2] == problems
+    assert out.splitlines()[2].startswith("NOT good: ")
+    assert run("verify", "--json")[0] == 1
+
+
+@pytest.mark.parametrize(("written", "expected"), [(0, 1), (4096, 0)])
+def test_writeback_that_could_do_nothing_is_exit_1(
+    daemon: Daemon, run: Run, written: int, expected: int
+) -> None:
+    """Writeback that ended early says why; it failed if nothing was written."""
+    daemon.answers["writeback"] = {"bytes": written, "pages": 0, "stopped": "no_device"}
+    code, out, _ = run("writeback", "1M")
+    assert code == expected
+    assert out.endswith("; stopped: no_device\n")
+    assert run("writeback", "1M", "--json")[0] == expected
+
+
+def test_spaces_are_a_table(daemon: Daemon, run: Run) -> None:
+    """All spaces, the largest first, with users by name and nothing that steers a terminal."""
+    code, out, _ = run("spaces")
+    assert code == 0
+    lines = out.splitlines()
+    large = "large 2 2 78 4294967294 20,000 78.1 MiB 1.00 MiB 0 1 h"
+    assert " ".join(lines[1].split()) == large
+    assert "root" in lines[2]
+    assert "1 min 1 s" in lines[2]
+    assert "\x1b" not in out
+    daemon.answers["spaces"] = {"spaces": []}
+    assert run("spaces")[1] == "none\n"
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (Status.OUT_OF_SERVICE, 1),
+        (Status.BAD_ARGUMENT, 2),
+        (Status.NOT_ALLOWED, 77),
+        (Status.STOPPING, 69),
+        (Status.UNKNOWN_OP, 76),
+    ],
+)
+def test_refusals_have_exit_codes(daemon: Daemon, run: Run, status: Status, expected: int) -> None:
+    """What the daemon refuses is one line on standard error and the manual's exit code."""
+    daemon.refuse = (status, "because of this")
+    code, out, err = run("compact")
+    assert (code, out) == (expected, "")
+    assert err.startswith("vswapctl: because of this")
+    assert err.count("\n") == 1
+
+
+def test_no_daemon_is_exit_69(run: Run, tmp_path: Path) -> None:
+    """Without a daemon the error names the place and what to do, in one line."""
+    code, out, err = run("--socket", str(tmp_path / "none"), "status")
+    assert (code, out) == (69, "")
+    assert str(tmp_path / "none") in err
+    assert "vswapd serve" in err
+    assert "--socket" in err
+    assert err.count("\n") == 1
+
+
+def test_answer_of_another_version_is_exit_76(daemon: Daemon, run: Run) -> None:
+    """A document that lacks something is told as a difference of versions, not a traceback."""
+    daemon.documents = [{key: value for key, value in EMPTY.items() if key != "pool"}]
+    code, _, err = run("status")
+    assert code == 76
+    assert err == (
+        "vswapctl: the daemon's answer lacks 'pool': install daemon and vswapctl of one version\n"
+    )
+
+
+def test_picture_that_cannot_be_written_is_exit_1(daemon: Daemon, run: Run, tmp_path: Path) -> None:
+    """A file that cannot be made is an error with its path."""
+    code, _, err = run("status", "--svg", str(tmp_path / "no/x.svg"))
+    assert code == 1
+    assert str(tmp_path / "no/x.svg") in err
+
+
+def test_reader_that_has_seen_enough_is_no_error(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A closed pipe behind standard output ends vswapctl quietly."""
+
+    class Closed(io.StringIO):
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return spare.fileno()
+
+    with Path("/dev/null").open("w") as spare:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        assert main(["status", "--json"]) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nonsense",
+        "set pool.max",
+        "set =1",
+        "writeback",
+        "writeback 5Q",
+        "swapon",
+        "swapon /a --size many",
+        "swapon /a --priority 40000",
+        "status --watch 0",
+        "status --watch soon",
+        "completion tcsh",
+        "compact now",
+        "status --jso",
+    ],
+)
+def test_wrong_command_line_is_exit_2(daemon: Daemon, run: Run, words: str) -> None:
+    """A command line that makes no sense is refused before the daemon is asked anything."""
+    code, out, err = run(*words.split())
+    assert (code, out) == (2, "")
+    assert "usage: " in err
+    assert daemon.asked == []
+
+
+def test_wrong_size_names_the_units(run: Run) -> None:
+    """A wrong unit on the command line is told with the right ones."""
+    assert "units B, K, M, G, T" in run("writeback", "5Q")[2]
+
+
+def test_help_and_version(run: Run) -> None:
+    """--version names the program, --help lists every verb; both end with 0."""
+    code, out, _ = run("--version")
+    assert code == 0
+    assert out.startswith("vswapctl ")
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(f"    {verb} " in out for verb in (*ANSWERS, "status", "demo", "completion"))

@@ -393,19 +393,25 @@ def test_silence_is_timed_out(socket_path: Path) -> None:
         asyncio.run(main())
 
 
-def test_idleness_is_no_silence(fake: FakeDaemon) -> None:
-    """A connection that nobody used for longer than its timeout is as good as before."""
+def test_idleness_is_no_silence(socket_path: Path) -> None:
+    """Silence counts from the first question on: being idle before it is not the daemon's fault."""
+    with HoldingDaemon(socket_path) as daemon:
 
-    async def main() -> None:
-        async with vswap.aio.connect(fake.path, timeout=0.2) as space:
-            await space.ping()
-            connection = space._connection
-            connection._heard_at -= 1000
-            await space.ping()
-            connection._look()
-            assert not space.closed
+        async def main() -> None:
+            async with vswap.aio.connect(socket_path, timeout=1000) as space:
+                connection = space._connection
+                connection._heard_at -= 5000  # the last answer was long ago
+                task = asyncio.create_task(space.ping())
+                await asyncio.sleep(0)
+                connection._look()
+                assert not space.closed
+                connection._heard_at -= 5000
+                connection._look()
+                with pytest.raises(vswap.TimedOut):
+                    await task
+            daemon.go.set()
 
-    asyncio.run(main())
+        asyncio.run(main())
 
 
 def test_no_daemon_is_told_as_in_the_blocking_client(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vswapd.errors import BadSlotError, DuplicateSlotError, NoSlotsError
 from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, SwapTable
@@ -180,6 +181,11 @@ class Clusters:
         """The numbers of the spaces that clusters belong to; 0 where nothing is allocated."""
         owners: I64 = self._key[clusters] & _OWNER_MASK
         return owners
+
+    def in_open_clusters(self, numbers: I64) -> npt.NDArray[np.bool_]:
+        """Which slot numbers lie in clusters with allocated slots; see `open_clusters`."""
+        found: npt.NDArray[np.bool_] = self._key[numbers >> CLUSTER_SHIFT] != 0
+        return found
 
     def open_clusters(self) -> I64:
         """Clusters with allocated slots, ascending.

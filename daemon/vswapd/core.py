@@ -118,6 +118,19 @@ class Core:
         else:
             group.device_bytes += length
 
+    def words_now(self, numbers: I64) -> U64:
+        """The words of slots that may have been freed since their numbers were noted; shape (n,).
+
+        A number in a directory, or in the hands of an operation that has waited, may be of a
+        cluster that was given back: reading its page of table would bring the page back.
+        """
+        still = self.clusters.in_open_clusters(numbers)
+        if still.all():
+            return self.table.words[numbers]
+        words = np.zeros(len(numbers), np.uint64)
+        words[still] = self.table.words[numbers[still]]
+        return words
+
     def flip(self, numbers: I64, expected: U64, tag: Tag, places: Places, group: Group) -> I64:
         """Name new places where the words still are the expected ones, whole; returns which.
 
@@ -131,7 +144,7 @@ class Core:
             Indices into the batch of the slots that flipped; shape (k,).
         """
         table = self.table.words
-        same = np.flatnonzero(table[numbers] == expected)
+        same = np.flatnonzero(self.words_now(numbers) == expected)
         if not len(same):
             return same
         old = expected[same]
@@ -158,7 +171,7 @@ class Core:
         Returns:
             Indices into the directory, shape (k,), and the words of those slots, shape (k,).
         """
-        words = self.table.words[numbers]
+        words = self.words_now(numbers)
         alive = np.flatnonzero(
             (tags_of(words) == int(tag))
             & (addresses_of(words) == Places.within(number, offsets, offsets).address)

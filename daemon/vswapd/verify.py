@@ -74,7 +74,7 @@ def verify(core: Core) -> Operation[VerifyReport]:
 
 def _check_pool(core: Core, numbers: I64, report: VerifyReport) -> None:
     """Checks and decompression of what still is in the pool."""
-    words = core.table.words[numbers]
+    words = core.words_now(numbers)
     still = tags_of(words) == Tag.ZSWAP
     numbers, words = numbers[still], words[still]
     if not len(numbers):
@@ -95,7 +95,7 @@ def _check_pool(core: Core, numbers: I64, report: VerifyReport) -> None:
 
 
 def _check_device(core: Core, numbers: I64, report: VerifyReport) -> Operation[None]:
-    words = core.table.words[numbers]
+    words = core.words_now(numbers)
     still = tags_of(words) == Tag.PHYS
     numbers, words = numbers[still], words[still]
     if not len(numbers):

@@ -415,7 +415,7 @@ class Engine:
         if lost:
             raise self._lost(np.unique(slots[sorted(set(lost))]))
         table = self.core.table.words
-        same = numbers[(table[numbers] == words) & (tags != Tag.ZERO)]
+        same = numbers[(self.core.words_now(numbers) == words) & (tags != Tag.ZERO)]
         table[same] = with_reference(table[same])
         return pages
 
@@ -536,6 +536,15 @@ class Engine:
     def verify(self) -> Operation[VerifyReport]:
         """Walk table, pools and devices; check every checksum and every sum."""
         return verify(self.core)
+
+    def lock_memory(self) -> None:
+        """Keep table and pool in RAM, each page from its first touch on.
+
+        Raises:
+            OSError: RLIMIT_MEMLOCK is too low, or the kernel refused.
+        """
+        self.core.table.region.lock()
+        self.core.zswap.arena.region.lock()
 
     def snapshot(self) -> snapshots.Snapshot:
         """What the engine holds and has done, frozen. Cheap."""

@@ -3,7 +3,7 @@
 Invariants:
 - Nothing here sleeps or asks a real clock: time is what `Clock` was set to.
 - `Rig.peek` leaves everything as it was, reference bits and counters included.
-- A `MemoryDevice` is as unkind as the contract allows: what a failed write touched, and what was
+- A `UnkindDevice` is as unkind as the contract allows: what a failed write touched, and what was
   discarded, is garbage afterwards.
 
 This module must not know any one test.
@@ -45,9 +45,7 @@ UNLIMITED: Final = GroupLimits()
 @lru_cache(maxsize=1)
 def _prose() -> bytes:
     chooser = random.Random(7)
-    words = [
-        "".join(chooser.choices("etaoinshrdlu", k=chooser.randint(2, 9))) for _ in range(400)
-    ]
+    words = ["".join(chooser.choices("etaoinshrdlu", k=chooser.randint(2, 9))) for _ in range(24)]
     return " ".join(chooser.choices(words, k=12000)).encode()
 
 
@@ -106,7 +104,7 @@ class Clock:
         self.now += seconds
 
 
-class MemoryDevice:
+class UnkindDevice:
     """A swap device in memory that holds its caller to the contract, and fails when told to."""
 
     def __init__(self, extents: int, path: str = "mem") -> None:
@@ -119,6 +117,8 @@ class MemoryDevice:
         self.reads = 0
         self.writes = 0
         self.discards = 0
+        self.written = 0
+        """Bytes of writes that succeeded."""
         self.fails: Callable[[str, int], bool] | None = None
         """Asked with `read` or `write` and that operation's number, from 1: whether it fails."""
         self.lies = False
@@ -130,7 +130,7 @@ class MemoryDevice:
         assert offset % BLOCK_BYTES == 0
         assert length % BLOCK_BYTES == 0
         assert length > 0
-        assert 0 <= offset
+        assert offset >= 0
         assert offset + length <= EXTENT_BYTES
         start = extent * EXTENT_BYTES + offset
         return slice(start, start + length)
@@ -148,6 +148,7 @@ class MemoryDevice:
         if self.fails is not None and self.fails("write", self.writes):
             self.data[span] = b"\xee" * len(data)
             raise WriteError(self.path, "told to fail")
+        self.written += len(data)
         if not self.lies:
             self.data[span] = data
 
@@ -172,7 +173,7 @@ class Rig:
 
     engine: Engine
     clock: Clock
-    devices: list[MemoryDevice] = field(default_factory=list)
+    devices: list[UnkindDevice] = field(default_factory=list)
 
     # Requests
 
@@ -211,13 +212,13 @@ class Rig:
         """Change settings; `groups` by name, `default_group` for all others."""
         self.engine.apply(dataclasses.replace(self.engine.core.settings, **changes))
 
-    def swapon(self, extents: int = 16, priority: int = 0, path: str | None = None) -> MemoryDevice:
-        device = MemoryDevice(extents, path or f"mem{len(self.devices)}")
+    def swapon(self, extents: int = 16, priority: int = 0, path: str | None = None) -> UnkindDevice:
+        device = UnkindDevice(extents, path or f"mem{len(self.devices)}")
         self.devices.append(device)
         self.engine.swapon(device, priority)
         return device
 
-    def swapoff(self, device: MemoryDevice) -> int:
+    def swapoff(self, device: UnkindDevice) -> int:
         """Drain it and, as its owner does, close it."""
         moved = run(self.engine.swapoff(device.path))
         self.devices.remove(device)
@@ -253,7 +254,7 @@ class Rig:
         words: U64 = self.engine.core.table.words[numbers_of(slots)]
         return words
 
-    def device_of(self, device: MemoryDevice) -> SwapDevice:
+    def device_of(self, device: UnkindDevice) -> SwapDevice:
         """What the engine knows of a device."""
         found = self.engine.core.devices.find(device.path)
         assert found is not None
@@ -270,7 +271,7 @@ class Rig:
             arena.view[int(places.number[0]) * EXTENT_BYTES + at] ^= 0x55
             return
         entry, extent = self.engine.core.devices.device_of(int(places.number[0]))
-        assert isinstance(entry.device, MemoryDevice)
+        assert isinstance(entry.device, UnkindDevice)
         entry.device.data[extent * EXTENT_BYTES + at] ^= 0x55
 
     def sums(self) -> list[str]:
@@ -287,7 +288,7 @@ class Rig:
     def peek(self, space: Space, slots: U64) -> list[bytes | None]:
         """The pages of slots, None for those that are lost; nobody notices that they were read."""
         core = self.engine.core
-        stats, core.stats = core.stats, copy.deepcopy(core.stats)
+        stats = copy.deepcopy(core.stats)
         words = self.words(slots)
         protected = self.engine.shrinker._protected
         errors = [(d, d.read_errors) for d in core.devices]
@@ -298,7 +299,8 @@ class Rig:
         try:
             return self._peek(space, slots)
         finally:
-            core.stats = stats
+            for counter in dataclasses.fields(stats):
+                setattr(core.stats, counter.name, getattr(stats, counter.name))
             core.table.words[numbers_of(slots)] = words
             core.zswap.corrupt_entries = corrupt
             self.engine.shrinker._protected = protected

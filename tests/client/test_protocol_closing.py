@@ -52,9 +52,9 @@ def test_a_second_hello_closes(wire: Wire) -> None:
     wire.assert_closed()
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff\xfe", b'{"client": 5}'])
+@pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff\xfe", b"5"])
 def test_a_hello_that_makes_no_sense_is_told(daemon: RunningDaemon, body: bytes) -> None:
-    """BAD_ARGUMENT: HELLO's body is a JSON object, and `client` a text; it can be said again."""
+    """BAD_ARGUMENT: HELLO's body is a JSON object; it can be said again."""
     with Wire(daemon.socket_path) as wire:
         reply = wire.ask(HELLO, body)
         assert reply.status == BAD_ARGUMENT

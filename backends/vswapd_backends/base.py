@@ -1,8 +1,8 @@
 """What every backend of a slot shares: where an entry lies, and how device I/O is asked for.
 
 A backend never performs I/O by itself. An *operation* is a generator: it yields what it needs
-(`IoBatch`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's lock and resumes it
-with the outcome. Between two yields the engine's state is consistent, and anything may have changed
+(`IoBatch`, `Submit`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's lock and
+resumes it with the outcome. Between two yields the engine's state is consistent, and anything may have changed
 when an operation is resumed: it must look again. So the same code runs under an event loop, in the
 shrinker's thread, in a plain loop in a test, and in a simulator that reorders the I/O at will.
 
@@ -105,11 +105,20 @@ class IoBatch:
     """Requests that may be performed at the same time, in any order; resumed when all are done."""
 
     requests: Sequence[IoRequest]
+    ticket: object = field(default=None, init=False)
+    """The driver's own, from `Submit` to the yield of the batch."""
 
     def perform(self) -> None:
         """All of them, one after the other."""
         for request in self.requests:
             request.perform()
+
+
+@dataclass(slots=True)
+class Submit:
+    """Begin a batch and resume me at once; I yield the batch itself when I need its outcome."""
+
+    batch: IoBatch
 
 
 class Breath(Enum):
@@ -125,7 +134,9 @@ WAIT: Final = Breath.WAIT
 PAUSE: Final = Breath.PAUSE
 
 T = TypeVar("T")
-Operation = Generator[IoBatch | Breath, None, T]
+Need = IoBatch | Submit | Breath
+"""What an operation can yield."""
+Operation = Generator[Need, None, T]
 
 
 class StuckError(RuntimeError):
@@ -137,8 +148,12 @@ def run(operation: Operation[T]) -> T:
     try:
         while True:
             need = next(operation)
-            if isinstance(need, IoBatch):
-                need.perform()
+            if isinstance(need, Submit):
+                need.batch.perform()
+                need.batch.ticket = run
+            elif isinstance(need, IoBatch):
+                if need.ticket is None:
+                    need.perform()
             elif need is WAIT:
                 raise StuckError("the operation waits for I/O that nobody else has under way")
     except StopIteration as end:

@@ -1,0 +1,3 @@
+"""The daemon: zswap with a virtual swap layer, in userspace."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,6 @@
+"""`python -m vswapd`."""
+
+from vswapd.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""The command `vswapd`: serve, check-config.
+
+Every failure to start is one line on standard error and an exit code of sysexits.h.
+
+This module must not know what a service is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NoReturn
+
+from vswapd import __version__, journal
+from vswapd.config import Config, ConfigError, load
+from vswapd.errors import EngineError
+from vswapd.host import Host
+from vswapd.listener import ListenError
+
+_LOG: Final = logging.getLogger(__name__)
+SYSTEM_CONFIG: Final = "/etc/vswapd/vswapd.toml"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of `vswapd`; manual page and completions are made from it too."""
+    parser = argparse.ArgumentParser(
+        prog="vswapd",
+        description=(
+            "Keep other programs' memory pages, compressed: in RAM, and on a swap file. Programs "
+            "hand pages over through a Unix socket and get slots back; behind a slot stands a zero "
+            "marker, compressed bytes in a pool, or compressed and encrypted bytes on a device."
+        ),
+        epilog="See vswapctl(1) for status and steering.",
+    )
+    parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    serve = verbs.add_parser(
+        "serve",
+        help="run the daemon in the foreground",
+        description=(
+            "Run the daemon in the foreground until SIGTERM. SIGHUP reads the configuration again. "
+            "Works with and without a service manager, as root and as any user."
+        ),
+    )
+    _add_config(serve)
+    serve.add_argument(
+        "--socket",
+        metavar="PATH",
+        help="where to listen; short for --set server.socket=PATH",
+    )
+    check = verbs.add_parser(
+        "check-config",
+        help="check a configuration and print what it comes to",
+        description=(
+            "Read a configuration as `serve` would, and print every key with its value. Exits with "
+            "78 and one line on standard error if something is wrong with it."
+        ),
+    )
+    _add_config(check)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"the configuration; root's default is {SYSTEM_CONFIG} if that exists, else the "
+        "built-in values hold",
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key of the configuration, e.g. pool.max=64M; may be repeated. "
+        "device=PATH,size=1G adds a swap device",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command; ends the process."""
+    options = build_parser().parse_args(arguments)
+    try:
+        sys.exit(_serve(options) if options.verb == "serve" else _check(options))
+    except (ConfigError, ListenError, EngineError) as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    if logging.getLogger().handlers:
+        _LOG.error("%s", text)
+    else:
+        print(f"vswapd: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _source(options: argparse.Namespace) -> Path | None:
+    found: Path | None = options.config
+    if found is None and os.geteuid() == 0 and Path(SYSTEM_CONFIG).exists():
+        return Path(SYSTEM_CONFIG)
+    return found
+
+
+def _config(options: argparse.Namespace) -> tuple[Config, Path | None, tuple[str, ...]]:
+    source = _source(options)
+    overrides = tuple(options.overrides)
+    if getattr(options, "socket", None):
+        overrides += (f"server.socket={options.socket}",)
+    return load(source, overrides), source, overrides
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config, source, overrides = _config(options)
+    journal.set_up(config.log.level)
+    # Only now: check-config and --help need no engine.
+    from vswapd.service import ServiceError, serve
+
+    try:
+        serve(config, source, overrides)
+    except ServiceError as error:
+        _fail(str(error), error.exit_code)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    config, _, _ = _config(options)
+    config.settings(Host.here())
+    for key, value in config.flat().items():
+        print(f"{key} = {value}")
+    return 0

@@ -1,0 +1,381 @@
+"""Runs the engine's operations: each step under the one lock, what they wait for outside of it.
+
+Two threads take steps: the event loop (`start`, `finish`) and the shrinker (`run`). Workers only
+perform device requests and computations; they never take the lock.
+
+Invariants:
+- The engine is only touched between taking the lock and giving it back, one step at a time.
+- Taking turns is fair: a thread that gives the lock back and wants it again at once comes after one
+  that has waited meanwhile.
+- An operation that was started is driven to its end, or closed under the lock when none of its
+  requests is under way any more: its cleanup is the engine's consistency.
+- No wake-up is lost: whoever yields WAIT notes the epoch in the same step, under the lock.
+
+This module must not know what operations do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypeVar
+
+from vswapd_backends.base import PAUSE, WAIT, Breath, IoBatch, StuckError, Submit
+
+_LOG: Final = logging.getLogger(__name__)
+T = TypeVar("T")
+
+IO_DEPTH: Final = 4
+"""Device requests performed at a time, a writeback's and those of loads together."""
+COMPUTE_DEPTH: Final = 2
+"""Slow computations at a time. More would only take turns at the interpreter."""
+
+
+class FairLock:
+    """A mutex whose waiters come before whoever has just held it."""
+
+    def __init__(self) -> None:
+        # Whoever waits for the room holds the door, so that who leaves the room cannot come back
+        # in before. Lock order: door, room.
+        self.door: Final = threading.Lock()
+        self.room: Final = threading.Lock()
+
+    def acquire(self, timeout: float = -1.0) -> bool:
+        """Take it; False if that was not possible within `timeout` seconds (-1: no bound)."""
+        if not self.door.acquire(timeout=timeout):
+            return False
+        try:
+            return self.room.acquire(timeout=timeout)
+        finally:
+            self.door.release()
+
+    def release(self) -> None:
+        """Give it back."""
+        self.room.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.room.release()
+
+
+@dataclass(slots=True)
+class Compute(Generic[T]):
+    """What an operation yields to have something computed outside the lock."""
+
+    call: Callable[[], T]
+    slow: bool = False
+    """Whether it is to be done in a worker, so that the event loop can go on meanwhile."""
+    _outcome: list[T] = field(default_factory=list, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+
+    def perform(self) -> None:
+        """Do it; errors wait for `result`."""
+        try:
+            self._outcome.append(self.call())
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> T:
+        """What came out of it, once the operation is resumed."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+
+Need = IoBatch | Submit | Breath | Compute[Any]
+Task = Generator[Need, None, T]
+"""An engine's operation, or one around it that computes as well."""
+
+
+@dataclass(slots=True)
+class Pending(Generic[T]):
+    """A task that could not end at once, what it needs, and the epoch in which it said so."""
+
+    task: Task[T]
+    need: Need
+    epoch: int
+
+
+class _Flight:
+    """Work under way in workers: `parts` pieces of it."""
+
+    def __init__(self, parts: int) -> None:
+        self._lock = threading.Lock()
+        self._left = parts
+        self._callback: Callable[[], None] | None = None
+        self.error: BaseException | None = None
+        """A mistake of ours, from any of the parts; what devices do wrong is in their requests."""
+
+    def part_done(self, error: BaseException | None) -> None:
+        with self._lock:
+            self.error = self.error or error
+            self._left -= 1
+            callback = None if self._left else self._callback
+        if callback is not None:
+            callback()
+
+    def when_done(self, callback: Callable[[], None]) -> None:
+        """Call it when all parts are done: at once if they are."""
+        with self._lock:
+            if self._left:
+                self._callback = callback
+                return
+        callback()
+
+
+class _Workers:
+    """Threads that perform what is put into their queue, made when they are first needed."""
+
+    def __init__(self, name: str, depth: int) -> None:
+        self.depth: Final = depth
+        self._name = name
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], _Flight] | None] = (
+            queue.SimpleQueue()
+        )
+        self._threads: list[threading.Thread] = []
+
+    def submit(self, calls: list[Callable[[], None]]) -> _Flight:
+        """Perform these calls, at the same time as far as there are workers."""
+        if not self._threads:
+            for number in range(self.depth):
+                # Daemons: a device that hangs must not keep the process from ending.
+                thread = threading.Thread(
+                    target=self._work, name=f"{self._name}-{number}", daemon=True
+                )
+                self._threads.append(thread)
+                thread.start()
+        flight = _Flight(len(calls))
+        for call in calls:
+            self._queue.put((call, flight))
+        return flight
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not None:
+            call, flight = item
+            error: BaseException | None = None
+            try:
+                call()
+            except BaseException as caught:
+                error = caught
+            flight.part_done(error)
+            del item, call, flight, error  # an idle worker holds on to nothing
+
+    def close(self) -> None:
+        """End the threads, once what is in the queue is done."""
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
+
+
+class Driver:
+    """The lock, the workers, and the news that somebody's operation has moved on."""
+
+    def __init__(self, depth: int = IO_DEPTH) -> None:
+        self.lock: Final = FairLock()
+        self._devices: Final = _Workers("vswapd-io", depth)
+        self._computers: Final = _Workers("vswapd-compute", COMPUTE_DEPTH)
+        # All that follows is guarded by the lock.
+        self._epoch = 0
+        """How often a task that had to wait for something has moved on."""
+        self._pending = 0
+        """Tasks that were started and have not ended."""
+        self._waiters: list[Callable[[], None]] = []
+        """Whom to resume at the next epoch."""
+
+    # Steps
+
+    def start(self, task: Task[T]) -> T | Pending[T]:
+        """Take a task's first steps; most end here, and cost no more than a call.
+
+        Raises:
+            BaseException: whatever the task raises.
+        """
+        door, room = self.lock.door, self.lock.room
+        while True:
+            # FairLock.acquire, unrolled: this is once per request.
+            with door:
+                room.acquire()
+            try:
+                need = next(task)
+                if not isinstance(need, Compute) or need.slow:
+                    self._pending += 1
+                    return Pending(task, need, self._epoch)
+            except StopIteration as end:
+                result: T = end.value
+                return result
+            finally:
+                room.release()
+            need.perform()
+
+    async def finish(self, pending: Pending[T]) -> T:
+        """Drive a task from the event loop to its end.
+
+        Raises:
+            asyncio.CancelledError: cancelled; what was under way has ended, the task is closed.
+            BaseException: whatever the task raises.
+        """
+        task, need, epoch = pending.task, pending.need, pending.epoch
+        loop = asyncio.get_running_loop()
+        while True:
+            mistake: BaseException | None = None
+            try:
+                if need is PAUSE:
+                    await asyncio.sleep(0)
+                elif need is WAIT:
+                    mistake = await _once(loop, lambda wake, at=epoch: self._subscribe(at, wake))
+                else:
+                    flight = self._begin(need)
+                    if flight is not None:
+                        await _once(loop, flight.when_done)
+                        mistake = flight.error
+            except asyncio.CancelledError:
+                self._close(task)
+                raise
+            step = self._step(task, mistake)
+            if not isinstance(step, Pending):
+                return step[0]
+            need, epoch = step.need, step.epoch
+
+    def run(self, task: Task[T], stop: Callable[[], bool] = lambda: False) -> T | None:
+        """Drive a task from a thread of its own to its end; None if `stop` ended it before."""
+        outcome = self.start(task)
+        while isinstance(outcome, Pending):
+            mistake: BaseException | None = None
+            need = outcome.need
+            if need is WAIT:
+                mistake = _wait_for(lambda wake, at=outcome.epoch: self._subscribe(at, wake))
+            elif need is not PAUSE:
+                flight = self._begin(need)
+                if flight is not None:
+                    _wait_for(flight.when_done)
+                    mistake = flight.error
+            if stop() and mistake is None and not isinstance(need, Submit):
+                self._close(task)
+                return None
+            step = self._step(task, mistake)
+            if not isinstance(step, Pending):
+                return step[0]
+            outcome = step
+        return outcome
+
+    def _step(self, task: Task[T], mistake: BaseException | None) -> Pending[T] | tuple[T]:
+        """Resume a pending task; what it waited for has happened (or is a mistake of ours)."""
+        ended = True
+        with self.lock:
+            try:
+                need = next(task) if mistake is None else task.throw(mistake)
+                ended = False
+                return Pending(task, need, self._epoch + 1)
+            except StopIteration as end:
+                return (end.value,)
+            finally:
+                self._pending -= ended
+                waiters = self._moved_on()
+                for wake in waiters:
+                    wake()
+
+    def _close(self, task: Task[T]) -> None:
+        """Give a pending task up: its cleanup runs under the lock."""
+        with self.lock:
+            try:
+                task.close()
+            finally:
+                self._pending -= 1
+                for wake in self._moved_on():
+                    wake()
+
+    # What tasks need
+
+    def _begin(self, need: Need) -> _Flight | None:
+        """Put a need to the workers; None: there is nothing to wait for."""
+        if isinstance(need, Submit):
+            need.batch.ticket = self._submit(need.batch)
+            return None
+        if isinstance(need, IoBatch):
+            if isinstance(need.ticket, _Flight):
+                return need.ticket
+            return self._submit(need)
+        assert isinstance(need, Compute), need
+        return self._computers.submit([need.perform])
+
+    def _submit(self, batch: IoBatch) -> _Flight | None:
+        """The requests of a batch, dealt out to as many workers as there are."""
+        requests = batch.requests
+        if not requests:
+            return None
+        hands = min(len(requests), self._devices.depth)
+        return self._devices.submit(
+            [IoBatch(requests[hand::hands]).perform for hand in range(hands)]
+        )
+
+    # News
+
+    def _moved_on(self) -> list[Callable[[], None]]:
+        """A pending task has taken a step; returns whom to wake. Under the lock."""
+        self._epoch += 1
+        waiters, self._waiters = self._waiters, []
+        return waiters
+
+    def _subscribe(self, epoch: int, wake: Callable[[], None]) -> BaseException | None:
+        """Call `wake` once the epoch is over: at once if it is.
+
+        Returns:
+            StuckError (and no call will come) if nobody is left who could end it.
+        """
+        with self.lock:
+            if self._epoch == epoch:
+                if self._pending <= len(self._waiters) + 1:
+                    return StuckError("a task waits for the I/O of others, and there are none")
+                self._waiters.append(wake)
+                return None
+        wake()
+        return None
+
+    @property
+    def pending(self) -> int:
+        """Tasks that were started and have not ended."""
+        return self._pending
+
+    def close(self) -> None:
+        """Wait for what is under way and end the workers. No call may follow."""
+        self._devices.close()
+        self._computers.close()
+
+
+_Subscribe = Callable[[Callable[[], None]], BaseException | None]
+
+
+async def _once(loop: asyncio.AbstractEventLoop, subscribe: _Subscribe) -> BaseException | None:
+    """Wait until a callback is called from any thread; cancelled, it still waits, then says so."""
+    news: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        loop.call_soon_threadsafe(lambda: news.done() or news.set_result(None))
+
+    mistake = subscribe(wake)
+    if mistake is not None:
+        return mistake
+    try:
+        await asyncio.shield(news)
+    except asyncio.CancelledError:
+        # What is under way works on the task's buffers: it cannot be left behind.
+        await news
+        raise
+    return None
+
+
+def _wait_for(subscribe: _Subscribe) -> BaseException | None:
+    """Wait until a callback is called."""
+    news = threading.Event()
+    mistake = subscribe(news.set)
+    if mistake is None:
+        news.wait()
+    return mistake

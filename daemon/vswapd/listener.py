@@ -1,0 +1,122 @@
+"""The listening socket in the file system: made, guarded against a second daemon, and removed.
+
+Invariants:
+- A lock file beside the socket (`PATH.lock`) is held for the daemon's life: of two daemons that
+  start at the same time one is refused, and a socket whose lock is free was left by a dead one.
+- What is no socket is never removed.
+
+This module must not know what is served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import grp
+import os
+import socket
+import stat
+from typing import ClassVar, Final
+
+_BACKLOG: Final = 128
+_LONGEST_PATH: Final = 107
+"""sun_path has 108 bytes, one of them the end."""
+
+
+class ListenError(Exception):
+    """The socket cannot be had; the text says what to do. EX_UNAVAILABLE of sysexits.h."""
+
+    exit_code: ClassVar[int] = 69
+
+
+class Listener:
+    """A socket that this process made and will remove."""
+
+    def __init__(self, path: str, sock: socket.socket, lock_fd: int) -> None:
+        self.path: Final = path
+        self.socket: Final = sock
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def open(cls, path: str, *, mode: int, group: str = "") -> Listener:
+        """Listen at `path`.
+
+        Args:
+            path: where; its directory is made (0700) if only that is missing.
+            mode: of the socket: who can write to it can connect.
+            group: of the socket; empty: the process's own.
+
+        Raises:
+            ListenError: a daemon is listening there, something else stands there, or it is not
+                permitted; nothing was changed.
+        """
+        if len(os.fsencode(path)) > _LONGEST_PATH:
+            raise ListenError(f"{path}: a socket's path has at most {_LONGEST_PATH} bytes")
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(os.path.dirname(path) or ".", 0o700)
+            gid = grp.getgrnam(group).gr_gid if group else -1
+            lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except KeyError:
+            raise ListenError(f"server.socket_group: there is no group {group!r}") from None
+        except OSError as error:
+            raise ListenError(f"{path}: cannot be made: {error.strerror}") from None
+        try:
+            return cls(path, _bind(path, lock_fd, mode, gid), lock_fd)
+        except BaseException:
+            os.close(lock_fd)
+            raise
+
+    def close(self) -> None:
+        """Remove the socket and give up the lock."""
+        self.socket.close()
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.path}.lock")
+        os.close(self._lock_fd)
+
+
+def _bind(path: str, lock_fd: int, mode: int, gid: int) -> socket.socket:
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ListenError(f"{path}: another vswapd is serving it") from None
+    _clear(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        # Nobody can connect between bind and chmod.
+        before = os.umask(0o777)
+        try:
+            sock.bind(path)
+        finally:
+            os.umask(before)
+        if gid >= 0:
+            os.chown(path, -1, gid)
+        os.chmod(path, mode)
+        sock.listen(_BACKLOG)
+        sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise ListenError(f"{path}: {error.strerror}") from None
+    return sock
+
+
+def _clear(path: str) -> None:
+    """Remove a socket that nobody listens on any more."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ListenError(f"{path}: is there already, and is no socket: remove it, or use another")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno not in {errno.ECONNREFUSED, errno.ENOENT}:
+                raise ListenError(f"{path}: {error.strerror}") from None
+        else:
+            raise ListenError(f"{path}: another daemon is listening there")
+    os.unlink(path)

@@ -1,0 +1,111 @@
+"""The status document: what STATUS answers, `vswapctl status` shows, and metrics are made of.
+
+The names in it are relied on by others; docs/protocol.md lists them. Sizes are in bytes.
+
+This module must not know sockets, or who asks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Final
+
+from vswapd.snapshot import Snapshot, SpaceState
+
+_TOP: Final = 10
+"""Spaces that are named in the document."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What the engine does not know of the service."""
+
+    version: str
+    state: str
+    pid: int
+    uptime_s: float
+    clients: int
+    shrinker_errors: int
+    settings: Mapping[str, str]
+
+
+def document(snapshot: Snapshot, facts: Facts) -> dict[str, Any]:
+    """The status as JSON values."""
+    pool = snapshot.pool
+    slots = snapshot.slots
+    settings = snapshot.settings
+    stats = dataclasses.asdict(snapshot.stats)
+    rejects = stats.pop("rejects")
+    return {
+        "version": facts.version,
+        "state": facts.state,
+        "pid": facts.pid,
+        "uptime_s": round(facts.uptime_s, 1),
+        "shards": 1,
+        "slots": {"allocated": slots.allocated, **dataclasses.asdict(slots)},
+        "pool": {
+            "enabled": settings.pool_enabled,
+            "bytes": pool.bytes,
+            "max_bytes": settings.pool_max,
+            "accept_bytes": int(settings.pool_max * settings.accept_threshold),
+            "live_bytes": pool.live_bytes,
+            "original_bytes": pool.original_bytes,
+            "codec": settings.codec,
+            "verify": settings.verify,
+            "full": pool.full,
+            "segments": pool.segments,
+            "corrupt_entries": pool.corrupt_entries,
+            "pools": [dataclasses.asdict(part) for part in pool.parts],
+        },
+        "table": {
+            "bytes": snapshot.table_bytes,
+            "max_slots": settings.max_slots,
+            "clusters": snapshot.clusters,
+        },
+        "devices": [dataclasses.asdict(device) for device in snapshot.devices],
+        "shrinker": {**dataclasses.asdict(snapshot.shrinker), "errors": facts.shrinker_errors},
+        "traffic": stats,
+        "rejects": rejects,
+        "groups": [dataclasses.asdict(group) for group in snapshot.groups],
+        "top_spaces": [
+            {
+                "id": str(space.id),
+                "client": space.client,
+                "slots": space.slots,
+                "original_bytes": space.original_bytes,
+                "compressed_bytes": space.compressed_bytes,
+            }
+            for space in _largest(snapshot.spaces)[:_TOP]
+        ],
+        "clients": facts.clients,
+        "spaces": len(snapshot.spaces),
+        "saved_bytes": snapshot.saved_bytes,
+        "ratio": round(pool.original_bytes / pool.live_bytes, 3) if pool.live_bytes else 0.0,
+        "settings": dict(facts.settings),
+    }
+
+
+def spaces(snapshot: Snapshot, now: float) -> dict[str, Any]:
+    """What the verb `spaces` answers: every space, largest first."""
+    return {
+        "spaces": [
+            {
+                "id": str(space.id),
+                "client": space.client,
+                "pid": space.pid,
+                "uid": space.uid,
+                "group": space.group,
+                "slots": space.slots,
+                "zero": space.zero,
+                "original_bytes": space.original_bytes,
+                "compressed_bytes": space.compressed_bytes,
+                "connected_s": round(now - space.opened_at, 1),
+            }
+            for space in _largest(snapshot.spaces)
+        ]
+    }
+
+
+def _largest(found: tuple[SpaceState, ...]) -> list[SpaceState]:
+    return sorted(found, key=lambda space: (-space.original_bytes, space.id))

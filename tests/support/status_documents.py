@@ -31,6 +31,7 @@ EMPTY: dict[str, Any] = {
         "verify": "never",
         "full": False,
         "segments": 0,
+        "corrupt_entries": 0,
         "pools": [{"codec": "lz4", "entries": 0, "live_bytes": 0}],
     },
     "table": {"bytes": 0, "max_slots": 1 << 30, "clusters": 0},
@@ -42,6 +43,7 @@ EMPTY: dict[str, Any] = {
         "last_bytes": 0,
         "budget_bytes": 0,
         "budget_left_bytes": None,
+        "errors": 0,
     },
     "traffic": {
         "store_pages": 0,
@@ -64,7 +66,7 @@ EMPTY: dict[str, Any] = {
     "clients": 0,
     "spaces": 0,
     "saved_bytes": 0,
-    "ratio": 0.0,
+    "ratio": None,
     "settings": Config().flat(),
 }
 """A daemon that has just been started with its defaults."""
@@ -92,7 +94,6 @@ def device(**keys: Any) -> dict[str, Any]:
         "state": "on",
         "direct": True,
         "encrypted": True,
-        "discard": True,
         "bad_extents": 0,
         "read_errors": 0,
         "write_errors": 0,
@@ -108,6 +109,7 @@ def group(**keys: Any) -> dict[str, Any]:
         "device_bytes": 61 * MIB,
         "device_max_bytes": None,
         "writeback": True,
+        "spaces": 1,
     } | keys
 
 
@@ -143,14 +145,14 @@ BUSY = _changed(
     groups=[group()],
     top_spaces=[
         {
-            "id": 1,
+            "id": "1",
             "client": "python 4301",
             "slots": 150000,
             "original_bytes": 586 * MIB,
             "compressed_bytes": 219 * MIB,
         },
         {
-            "id": 2,
+            "id": "2",
             "client": "a-program-with-a-long-name 4310",
             "slots": 14240,
             "original_bytes": 55 * MIB,

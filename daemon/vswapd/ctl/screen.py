@@ -146,6 +146,9 @@ def _pool(status: Document) -> RenderableType:
         lines.append(Text(f"FULL: refuses pages until it is down to {until}", BAD))
     facts = f"{human_size(live)} compressed, {human_size(used - live)} overhead and room"
     lines.append(Text(f"{facts}; table {human_size(status['table']['bytes'])}", QUIET))
+    if corrupt := pool["corrupt_entries"]:
+        entries = "damaged entry" if corrupt == 1 else "damaged entries"
+        lines.append(Text(f"{corrupt:,} {entries}: the journal has the slots", BAD))
     if len(pool["pools"]) > 1:
         lines += [
             Text(
@@ -249,6 +252,8 @@ def _shrinker(status: Document) -> RenderableType:
         left = shrinker["budget_left_bytes"] or 0
         text = f"{human_size(left)} of today's {human_size(shrinker['budget_bytes'])} left to write"
         lines.append(Text(text, QUIET if left else WARN))
+    if shrinker["errors"]:
+        lines.append(Text(f"{_count(shrinker['errors'], 'step')} failed: see the journal", BAD))
     return Group(*lines)
 
 
@@ -328,7 +333,7 @@ def _spaces(status: Document) -> RenderableType:
         original, compressed = space["original_bytes"], space["compressed_bytes"]
         table.add_row(
             Text(safe(space["client"]) or "unnamed"),
-            str(space["id"]),
+            space["id"],
             f"{space['slots']:,}",
             human_size(original),
             human_size(compressed),

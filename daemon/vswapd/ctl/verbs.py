@@ -218,7 +218,7 @@ def spaces(options: Options) -> int:
     for space in sorted(answer["spaces"], key=lambda space: -space["original_bytes"]):
         table.add_row(
             Text(safe(space["client"]) or "unnamed"),
-            str(space["id"]),
+            space["id"],
             str(space["pid"]),
             _user(space["uid"]),
             f"{space['slots']:,}",

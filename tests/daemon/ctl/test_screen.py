@@ -91,6 +91,18 @@ def test_every_cause_of_writing_is_shown() -> None:
         assert f"{index + 11}.0 MiB " in text
 
 
+def test_damage_and_failed_steps_are_shown() -> None:
+    """Damaged entries and failures of the shrinker are told, and only then."""
+    status = copy.deepcopy(BUSY)
+    status["pool"]["corrupt_entries"] = 3
+    status["shrinker"]["errors"] = 1
+    text = drawn(status)
+    assert "3 damaged entries" in text
+    assert "1 step failed" in text
+    assert "damaged" not in drawn(BUSY)
+    assert "failed" not in drawn(BUSY)
+
+
 def test_groups_are_shown_when_they_have_limits() -> None:
     """A group without limits is not worth a line; one with any limit is."""
     limits: list[dict[str, Any]] = [
@@ -105,7 +117,7 @@ def test_groups_are_shown_when_they_have_limits() -> None:
 
 def test_at_most_five_spaces_and_groups() -> None:
     """However many spaces there are, the first screen shows the first five."""
-    spaces = [BUSY["top_spaces"][0] | {"id": 7000 + n} for n in range(9)]
+    spaces = [BUSY["top_spaces"][0] | {"id": f"{7000 + n}"} for n in range(9)]
     groups = [group(name=f"{8000 + n}", writeback=False) for n in range(9)]
     text = drawn(BUSY | {"top_spaces": spaces, "groups": groups})
     assert len(re.findall(r"\b70\d\d\b", text)) == 5

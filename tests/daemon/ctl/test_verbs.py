@@ -33,7 +33,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "spaces": {
         "spaces": [
             {
-                "id": 1,
+                "id": "1",
                 "client": "small 1\x1b[2J",
                 "pid": 77,
                 "uid": 0,
@@ -45,7 +45,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
                 "connected_s": 61.0,
             },
             {
-                "id": 2,
+                "id": "2",
                 "client": "large 2",
                 "pid": 78,
                 "uid": 4294967294,

@@ -1,0 +1,9 @@
+"""Metrics for Prometheus: over HTTP, and as a text file for node_exporter.
+
+This package must not know the engine, only the STATUS document.
+"""
+
+from vswapd.metrics.page import MetricsServer, start
+from vswapd.metrics.textfile import TextfileWriter, write_textfile
+
+__all__ = ["MetricsServer", "TextfileWriter", "start", "write_textfile"]

@@ -1,0 +1,169 @@
+"""The metrics page: a small HTTP server on one address.
+
+Invariants:
+- It answers on the given address only.
+- At most MAX_SCRAPES connections are open; one more and the oldest is cut off, so that nobody can
+  keep others out by being slow.
+- `close` leaves no thread and no socket behind, whatever clients do.
+
+This module must not know what is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import selectors
+import socket
+import socketserver
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Final, Self
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from prometheus_client import make_wsgi_app
+
+from vswapd.config_checks import parse_listen
+from vswapd.metrics.families import Snapshot, registry
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication
+
+CLIENT_TIMEOUT_S: Final = 5.0
+"""A client that is silent for so long is cut off."""
+MAX_SCRAPES: Final = 8
+"""Each open connection has a thread."""
+
+_log = logging.getLogger(__name__)
+
+
+def start(listen: str, snapshot: Snapshot) -> MetricsServer:
+    """Serve metrics over HTTP, at any path.
+
+    Args:
+        listen: `ADDRESS:PORT`, as in metrics.listen.
+        snapshot: gives a STATUS document; called once per scrape, from a thread of the server.
+
+    Raises:
+        OSError: the address is not this host's, or the port is taken.
+        ValueError: `listen` is no address and port.
+    """
+    parsed = parse_listen(listen)
+    if parsed is None:
+        raise ValueError(f"{listen!r} is no address and port: write 127.0.0.1:9177")
+    try:
+        return MetricsServer(*parsed, snapshot)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"metrics.listen: cannot listen at {listen}: {error.strerror}"
+        ) from None
+
+
+class MetricsServer:
+    """A running server; a context manager. `address` is where it answers: (host, port)."""
+
+    def __init__(self, host: str, port: int, snapshot: Snapshot) -> None:
+        self._http = (_Http6 if ":" in host else _Http)((host, port), _Handler)
+        self._http.set_app(_logged(make_wsgi_app(registry(snapshot))))
+        self.address: Final = (host, self._http.server_port)
+        self._wake, self._woken = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="metrics")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering; returns when all its threads have ended."""
+        self._wake.close()
+        self._thread.join()
+        self._woken.close()
+        self._http.cut_off_all()
+        self._http.server_close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        # Not serve_forever: it looks twice a second whether it is to stop.
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._http, selectors.EVENT_READ)
+            selector.register(self._woken, selectors.EVENT_READ)
+            while all(key.fileobj is self._http for key, _ in selector.select()):
+                self._http.handle_request()
+
+
+class _Http(socketserver.ThreadingMixIn, WSGIServer):
+    """One thread per connection; `server_close` waits for all of them."""
+
+    daemon_threads = False
+    timeout = 0
+    """`handle_request` is called when there is a connection; if it is gone again, so be it."""
+
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[socket.socket, None] = {}
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        """Bind, without the look-up of the host's name that the base class would do."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.setup_environ()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Give the connection a thread; the oldest has to go if there are too many."""
+        with self._lock:
+            if len(self._open) >= MAX_SCRAPES:
+                _cut_off(next(iter(self._open)))
+            self._open[request] = None
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """The connection has been served."""
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def cut_off_all(self) -> None:
+        """End all connections that are open."""
+        with self._lock:
+            for connection in self._open:
+                _cut_off(connection)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 - as above
+        """A client that went away, or was cut off, is no news."""
+        _log.debug("metrics: %s", client_address, exc_info=True)
+
+
+class _Http6(_Http):
+    address_family = socket.AF_INET6
+
+
+def _cut_off(connection: socket.socket) -> None:
+    # Its thread sees the end of the stream and closes it.
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = CLIENT_TIMEOUT_S
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        """Scrapes are no news."""
+        _log.debug("metrics: %s", format % args)
+
+
+def _logged(app: Callable[..., Any]) -> WSGIApplication:
+    """The page, or 500 and a line in the journal if its numbers cannot be had."""
+
+    def page(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        try:
+            found: Iterable[bytes] = app(environ, start_response)
+        except Exception:  # noqa: BLE001 - a border: one scrape fails, and it is logged
+            _log.exception("metrics: no numbers")
+            start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
+            return [b"no numbers: the journal has the cause\n"]
+        return found
+
+    return page

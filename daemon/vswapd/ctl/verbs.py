@@ -131,10 +131,10 @@ def reload_(options: Options) -> int:
     answer = _ask(options, "reload")
     if answer is None:
         return 0
-    changed, restart = answer.get("changed", []), answer.get("restart", [])
+    changed, ignored = answer["changed"], answer["ignored"]
     print(f"changed: {', '.join(changed)}" if changed else "nothing has changed")
-    if restart:
-        print(f"needs a restart: {', '.join(restart)}")
+    if ignored:
+        print(f"needs a restart: {', '.join(ignored)}")
     return 0
 
 
@@ -240,7 +240,7 @@ def _user(uid: int) -> str:
 
 def demo(options: Options) -> int:
     """Hand over to the demo, which brings a daemon of its own."""
-    from vswapd import demo as show  # noqa: PLC0415 - it needs much that no other verb needs
+    from vswapd import demo as show  # it needs much that no other verb needs
 
     code: int = show.main(options.rest)
     return code

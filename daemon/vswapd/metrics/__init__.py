@@ -3,7 +3,8 @@
 This package must not know the engine, only the STATUS document.
 """
 
+from vswapd.metrics.exporter import Exporter
 from vswapd.metrics.page import MetricsServer, start
 from vswapd.metrics.textfile import TextfileWriter, write_textfile
 
-__all__ = ["MetricsServer", "TextfileWriter", "start", "write_textfile"]
+__all__ = ["Exporter", "MetricsServer", "TextfileWriter", "start", "write_textfile"]

@@ -23,6 +23,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 from prometheus_client import make_wsgi_app
 
+from vswapd.config import ConfigError
 from vswapd.config_checks import parse_listen
 from vswapd.metrics.families import Snapshot, registry
 
@@ -45,18 +46,17 @@ def start(listen: str, snapshot: Snapshot) -> MetricsServer:
         snapshot: gives a STATUS document; called once per scrape, from a thread of the server.
 
     Raises:
-        OSError: the address is not this host's, or the port is taken.
-        ValueError: `listen` is no address and port.
+        ConfigError: no address and port, not an address of this host, or the port is taken.
     """
     parsed = parse_listen(listen)
     if parsed is None:
-        raise ValueError(f"{listen!r} is no address and port: write 127.0.0.1:9177")
+        text = f"{listen!r} is no address and port: write 127.0.0.1:9177"
+        raise ConfigError(text, key="metrics.listen")
     try:
         return MetricsServer(*parsed, snapshot)
     except OSError as error:
-        raise OSError(
-            error.errno, f"metrics.listen: cannot listen at {listen}: {error.strerror}"
-        ) from None
+        text = f"cannot listen at {listen}: {error.strerror}: write another address or port"
+        raise ConfigError(text, key="metrics.listen") from None
 
 
 class MetricsServer:

@@ -18,7 +18,7 @@ from vswapd.ctl import main
 
 ANSWERS: dict[str, dict[str, Any]] = {
     "set": {"key": "pool.max", "old": "20%", "new": "1G"},
-    "reload": {"changed": ["pool.max"], "restart": ["server.max_batch"]},
+    "reload": {"changed": ["pool.max"], "ignored": ["server.max_batch"]},
     "swapon": {"path": "/swap", "size_bytes": 1 << 30, "priority": 3},
     "swapoff": {"path": "/swap", "moved_pages": 12345},
     "writeback": {"bytes": 100 << 20, "pages": 51200, "stopped": None},
@@ -223,7 +223,7 @@ def test_first_refused_setting_ends_it(daemon: Daemon, run: Run) -> None:
 
 def test_reload_without_changes(daemon: Daemon, run: Run) -> None:
     """A reload that changed nothing says so."""
-    daemon.answers["reload"] = {"changed": [], "restart": []}
+    daemon.answers["reload"] = {"changed": [], "ignored": []}
     assert run("reload")[1] == "nothing has changed\n"
 
 

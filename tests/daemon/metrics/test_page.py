@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from support.status_documents import BUSY
+from vswapd.config import ConfigError
 from vswapd.metrics import MetricsServer, page, start
 
 
@@ -71,15 +72,15 @@ def test_listen_is_the_configurations() -> None:
 
 
 def test_taken_port_is_one_clear_error(server: MetricsServer) -> None:
-    """An address that cannot be listened at is an OSError that names the key and the address."""
+    """An address that cannot be listened at is one line with the key, the address, and why."""
     listen = f"127.0.0.1:{server.address[1]}"
-    with pytest.raises(OSError, match=f"metrics.listen: cannot listen at {listen}: "):
+    with pytest.raises(ConfigError, match=f"^metrics.listen: cannot listen at {listen}: Address"):
         start(listen, lambda: BUSY)
 
 
-def test_wrong_address_is_a_value_error() -> None:
+def test_wrong_address_is_refused() -> None:
     """Text that is no address and port is refused before anything is opened."""
-    with pytest.raises(ValueError, match="is no address and port"):
+    with pytest.raises(ConfigError, match="is no address and port"):
         start("nowhere", lambda: BUSY)
 
 

@@ -58,7 +58,10 @@ class Rejected(VswapError):  # noqa: N818 - an outcome with a reason, named as t
 
 
 class BadSlot(VswapError):  # noqa: N818
-    """Slots that are free, stale, or another space's. Nothing was changed for their frame."""
+    """Slots that are free, stale, or another space's. Nothing was changed for their frame.
+
+    `slots`: at least one of them; there may be more.
+    """
 
 
 class DuplicateSlot(VswapError):  # noqa: N818

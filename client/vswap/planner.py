@@ -25,7 +25,6 @@ from vswap.errors import (
     BadBuffer,
     DuplicateSlot,
     ProtocolError,
-    Rejected,
     VswapError,
     merge,
 )
@@ -99,14 +98,8 @@ class Call:
 
     def refuse(self, frame: Frame, error: VswapError) -> None:
         """A frame failed. The call goes on until its other frames are answered."""
-        if not len(error.slots):
-            error.slots = self.slots_without_content(frame, error)
+        del frame
         self.error = error if self.error is None else merge(self.error, error)
-
-    def slots_without_content(self, frame: Frame, error: VswapError) -> U64:
-        """The slots that `error` is about although the daemon did not list them."""
-        del frame, error
-        return NO_SLOTS
 
     def abandon(self) -> None:
         """Nobody waits for the result any more, and the caller's buffers are the caller's again."""
@@ -168,10 +161,6 @@ class Overwrite(SlotsCall):
         body = [self.packed(start, stop), *self._source.cut(start, stop)]
         echo = memoryview(bytearray((stop - start) * SLOT_BYTES))
         return Frame(Op.STORE, body, [echo], start, stop, Flag.SLOTS)
-
-    def slots_without_content(self, frame: Frame, error: VswapError) -> U64:
-        """A rejected overwrite leaves its slots UNBACKED."""
-        return self.slots[frame.start : frame.stop] if isinstance(error, Rejected) else NO_SLOTS
 
     def result(self) -> U64:
         """The slots, as given."""

@@ -72,7 +72,7 @@ class Status(IntEnum):
     OK = 0x000
     REJECTED = 0x001
     """STORE: not taken; `flags` holds the reason's code. Slots that were to be overwritten are
-    UNBACKED now; none was newly allocated."""
+    UNBACKED now, and the reply lists them; none was newly allocated."""
 
     BAD_FRAME = 0x101
     """The length field is below the header's size. Closes."""
@@ -137,7 +137,13 @@ _CLOSING: Final = frozenset(
 )
 
 LISTS_SLOTS: Final = frozenset(
-    {Status.BAD_SLOT, Status.DUPLICATE_SLOT, Status.UNBACKED, Status.PAGE_LOST}
+    {
+        Status.REJECTED,
+        Status.BAD_SLOT,
+        Status.DUPLICATE_SLOT,
+        Status.UNBACKED,
+        Status.PAGE_LOST,
+    }
 )
 """Error replies whose body is `count` slots and then the text; all others have only the text."""
 

@@ -39,8 +39,8 @@ def refuse(call: Call, frame: Frame, error: vswap.VswapError) -> None:
     call.refuse(frame, error)
 
 
-def rejected(reason: str = "pool_full") -> vswap.Rejected:
-    return vswap.Rejected("no room", reason)
+def rejected(*numbers: int) -> vswap.Rejected:
+    return vswap.Rejected("no room", "pool_full", slots(*numbers))
 
 
 def test_a_call_is_cut_into_frames_of_the_given_size() -> None:
@@ -188,12 +188,12 @@ def test_an_abandoned_store_is_undone() -> None:
 
 
 def test_a_rejected_overwrite_tells_which_slots_are_empty_and_which_are_new() -> None:
-    """`slots` are those of the rejected frames, `done` those of the accepted ones."""
+    """`slots` are those of all rejected frames, `done` those of the accepted ones."""
     call = Overwrite(slots(1, 2, 3, 4, 5, 6), pages(6), 2)
     frames = send_all(call)
     accept(call, frames[0])
-    refuse(call, frames[1], rejected())
-    refuse(call, frames[2], rejected())
+    refuse(call, frames[1], rejected(3, 4))
+    refuse(call, frames[2], rejected(5, 6))
     with pytest.raises(vswap.Rejected) as caught:
         call.result()
     assert caught.value.slots.tolist() == [3, 4, 5, 6]

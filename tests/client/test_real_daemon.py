@@ -183,10 +183,14 @@ def test_a_killed_daemon_is_connection_lost() -> None:
 
         killer = threading.Thread(target=kill)
         killer.start()
-        with pytest.raises(vswap.ConnectionLost):
+
+        def load_for_ever() -> None:
             while True:
                 space.load(slots)
                 first_load.set()
+
+        with pytest.raises(vswap.ConnectionLost):
+            load_for_ever()
         killer.join()
         assert space.closed
         with pytest.raises(vswap.NoDaemon, match="nobody listens"):
@@ -198,7 +202,11 @@ def test_a_daemon_that_stops_lets_go() -> None:
     with running_daemon() as daemon, vswap.connect(daemon.socket_path, timeout=60) as space:
         slots = space.store(mixed_pages(10))
         daemon.process.send_signal(signal.SIGTERM)
-        with pytest.raises(vswap.ConnectionLost):
+
+        def load_for_ever() -> None:
             while True:
                 space.load(slots)
+
+        with pytest.raises(vswap.ConnectionLost):
+            load_for_ever()
         daemon.await_exit(expected=0)

@@ -179,8 +179,9 @@ class FakeDaemon:
         if self._held_besides(slots) + count > self._capacity:
             if header.flags & Flag.SLOTS:
                 self.pages.update(dict.fromkeys(slots))
-            text = protocol.error_body("the pool is full")
-            return Status.REJECTED, text, 0, protocol.Reason.POOL_FULL
+            emptied = slots if header.flags & Flag.SLOTS else []
+            text = protocol.error_body("the pool is full", pack_slots(emptied))
+            return Status.REJECTED, text, len(emptied), protocol.Reason.POOL_FULL
         self._next_slot += 0 if header.flags & Flag.SLOTS else count
         for index, slot in enumerate(slots):
             self.pages[slot] = body[index * PAGE_BYTES : (index + 1) * PAGE_BYTES]

@@ -2,9 +2,10 @@
 
 A backend never performs I/O by itself. An *operation* is a generator: it yields what it needs
 (`IoBatch`, `Submit`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's lock and
-resumes it with the outcome. Between two yields the engine's state is consistent, and anything may have changed
-when an operation is resumed: it must look again. So the same code runs under an event loop, in the
-shrinker's thread, in a plain loop in a test, and in a simulator that reorders the I/O at will.
+resumes it with the outcome. Between two yields the engine's state is consistent, and anything may
+have changed when an operation is resumed: it must look again. So the same code runs under an event
+loop, in the shrinker's thread, in a plain loop in a test, and in a simulator that reorders the I/O
+at will.
 
 This module must not know the swap table, sockets, threads, or any concrete backend.
 """

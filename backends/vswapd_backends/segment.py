@@ -248,6 +248,26 @@ class ImageBuilder:
         self.payload_end = end
         return offsets
 
+    def copy(self, segment: memoryview, directory: Directory) -> I64:
+        """Take over a whole segment, of which every entry is wanted, into an empty image.
+
+        One copy instead of one per entry: 15 us instead of 60.
+        """
+        assert not self.count
+        count = len(directory)
+        end = int(directory.offsets[-1] + CHECK_BYTES + directory.lengths[-1])
+        top = SEGMENT_BYTES - count * DIRECTORY_ENTRY_BYTES
+        self.buffer[HEADER_BYTES:end] = segment[HEADER_BYTES:end]
+        self.buffer[top:] = segment[top:]
+        if self._salt:
+            plain = get_checks(self._bytes, directory.offsets)
+            put_checks(
+                self._bytes, directory.offsets, salted(plain, directory.numbers, self.sequence)
+            )
+        self.payload_end = end
+        self.count = count
+        return directory.offsets
+
     def round_up(self) -> None:
         """Begin the next entry on a block: what was written before need not be written again."""
         gap = -self.payload_end % PAGE_BYTES

@@ -243,12 +243,18 @@ class Zswap:
     def give_up(self, places: Places) -> None:
         """Entries that no word names any more: account them, and return segments left empty."""
         segments = places.number
-        np.subtract.at(self.live_bytes, segments, places.length)
-        np.subtract.at(self.live_entries, segments, 1)
-        if len(self.pools) == 1:
-            self._account(self.pools[0], -len(segments), -int(places.length.sum()))
+        if (segments == segments[0]).all():
+            # As after writeback: one segment's entries.
+            segments = segments[:1]
+            self.live_bytes[segments] -= places.length.sum()
+            self.live_entries[segments] -= len(places.length)
         else:
-            of = self._pool[segments]
+            np.subtract.at(self.live_bytes, segments, places.length)
+            np.subtract.at(self.live_entries, segments, 1)
+        if len(self.pools) == 1:
+            self._account(self.pools[0], -len(places.length), -int(places.length.sum()))
+        else:
+            of = self._pool[places.number]
             entries = np.bincount(of, minlength=len(self.pools)).tolist()
             lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
             for pool, count, length in zip(self.pools, entries, lengths, strict=True):
@@ -381,6 +387,24 @@ class Zswap:
             self._group[segments] == stream[1]
         )
         return mine
+
+    def oldest(self, stream: Stream | None = None, groups: I64 | None = None) -> int | None:
+        """The coldest segment that is in use and not pinned; None if there is none.
+
+        Args:
+            stream: only of this stream.
+            groups: only of these groups; None: of any.
+        """
+        limit = self.arena.limit
+        if not limit:
+            return None
+        ages = np.where(self._pins[:limit] == 0, self._age[:limit], _NEVER)
+        if stream is not None:
+            ages[~self.in_stream(np.arange(limit), stream)] = _NEVER
+        if groups is not None:
+            ages[~np.isin(self._group[:limit], groups)] = _NEVER
+        segment = int(ages.argmin())
+        return None if ages[segment] == _NEVER else segment
 
     def oldest_first(self, stream: Stream | None = None, groups: I64 | None = None) -> I64:
         """Segments that are in use and not pinned, coldest first; shape (k,).

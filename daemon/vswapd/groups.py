@@ -71,6 +71,9 @@ class Groups:
     def __iter__(self) -> Iterator[Group]:
         return iter(self._by_index)
 
+    def __len__(self) -> int:
+        return len(self._by_index)
+
     def __getitem__(self, index: int) -> Group:
         return self._by_index[index]
 

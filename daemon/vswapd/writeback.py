@@ -17,6 +17,7 @@ This module must not know when to write back: the shrinker and the stores decide
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -26,7 +27,16 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
-from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoBatch, Operation, Places
+from vswapd_backends.base import (
+    I64,
+    PAGE_BYTES,
+    SEGMENT_BYTES,
+    U64,
+    IoBatch,
+    Operation,
+    Places,
+    Submit,
+)
 from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits
 from vswapd_backends.swapdev import image_writes
 from vswapd_backends.zswap import Compressed, Stream
@@ -82,9 +92,13 @@ WRITE_ATTEMPTS: Final = 4
 """Extents that one image is offered to: a device on which all of them fail is not worn down in one
 operation, and whoever wanted the write hears of it soon."""
 
-_SMALLEST_ROOM: Final = 1024
-"""An image with less room than this is full: the entry that would fit is not worth another look at
-a segment."""
+_SMALLEST_ROOM: Final = PAGE_BYTES + ENTRY_OVERHEAD
+"""An image with less room than this is full. So a segment that is all alive becomes an image by
+itself: one copy, and no segment is left behind with a few entries missing."""
+
+PIPELINE: Final = 3
+"""Extents of one writeback that are under way at a time: one is gathered and sealed while others
+are written."""
 
 
 class ImageBuffers:
@@ -147,9 +161,10 @@ class Writeback:
         groups = self.eligible()
         if only is not None:
             groups = groups[groups == only.index]
-        segments = self._core.zswap.oldest_first(groups=groups)
-        if len(segments):
-            return self._core.zswap.stream_of(int(segments[0]))
+        everybody = len(groups) == len(self._core.groups)
+        segment = self._core.zswap.oldest(groups=None if everybody else groups)
+        if segment is not None:
+            return self._core.zswap.stream_of(segment)
         concerned = [only] if only is not None else list(self._core.groups)
         holding = [g for g in concerned if g.pool_bytes]
         if any(not g.limits.writeback for g in holding):
@@ -184,7 +199,8 @@ class Writeback:
         gathered = self._gather(stream, builder)
         try:
             if builder.count:
-                written, number = yield from self.write_image(builder, number, stream, cause)
+                target, number = number, None
+                written, number = yield from self.write_image(builder, target, stream, cause)
                 if number is None:
                     return Written(stopped=Stop.DEVICE_ERROR)
                 pages = self._flip(gathered, number, core.groups[stream[1]])
@@ -215,6 +231,9 @@ class Writeback:
     ) -> Operation[tuple[int, int | None]]:
         """Write an image to an extent, or to the next one where that fails.
 
+        The pin that comes with `number` is the caller's no more: it is undone here, unless the
+        extent is returned. So an operation that ends while it waits leaves none behind.
+
         Returns:
             The bytes written, and the extent that holds the image now, pinned; None if none does.
         """
@@ -234,11 +253,14 @@ class Writeback:
             self.in_flight += 1
             try:
                 yield IoBatch(requests)
+            except BaseException:
+                core.devices.unpin(number)
+                raise
             finally:
                 self.in_flight -= 1
-            size = sum(request.length for request in requests)
+            size = sum(request.length for request in requests if request.error is None)
+            self.account(cause, size)
             if not any(request.error for request in requests):
-                self.account(cause, size)
                 return size, number
             core.devices.fail(number)
             core.devices.unpin(number)
@@ -255,7 +277,7 @@ class Writeback:
         core, zswap = self._core, self._core.zswap
         gathered = _Gathered()
         allowance = core.groups[stream[1]].device_room()
-        for segment in zswap.oldest_first(stream).tolist():
+        while (segment := zswap.oldest(stream)) is not None:
             if zswap.is_open(segment):
                 zswap.seal(stream)
                 if not zswap.live_entries[segment]:
@@ -265,7 +287,11 @@ class Writeback:
             directory = zswap.directory(segment)
             alive, words = core.live_words(Tag.ZSWAP, segment, directory.numbers, directory.offsets)
             hot = referenced(words)
-            cold = directory.pick(alive[~hot])
+            cold = (
+                directory.pick(alive[~hot])
+                if len(alive) < len(directory) or hot.any()
+                else directory
+            )
             count = fits(cold.lengths, builder.room)
             if allowance is not None:
                 count = min(
@@ -273,13 +299,13 @@ class Writeback:
                 )
                 allowance -= int(cold.lengths[:count].sum())
             if count:
-                chosen = cold.pick(np.arange(count))
-                addresses = chosen.offsets + segment * SEGMENT_BYTES
-                offsets = builder.add(
-                    chosen.numbers,
-                    chosen.lengths,
-                    b"".join(zswap.stored(addresses, chosen.lengths)),
-                )
+                chosen = cold if count == len(cold) else cold.pick(np.arange(count))
+                if count == len(directory) and not builder.count:
+                    offsets = builder.copy(zswap.arena.segment_view(segment), directory)
+                else:
+                    addresses = chosen.offsets + segment * SEGMENT_BYTES
+                    payload = b"".join(zswap.stored(addresses, chosen.lengths))
+                    offsets = builder.add(chosen.numbers, chosen.lengths, payload)
                 builder.age = zswap.age_of(segment)
                 gathered.numbers.append(chosen.numbers)
                 gathered.words.append(words[~hot][:count])
@@ -313,6 +339,8 @@ class Writeback:
         The pool grows by them for a moment, until the segment is unpinned: at most one segment.
         """
         core, zswap = self._core, self._core.zswap
+        if not zswap.live_entries[segment]:
+            return 0
         directory = zswap.directory(segment)
         alive, _ = core.live_words(Tag.ZSWAP, segment, directory.numbers, directory.offsets)
         left = directory.pick(alive)
@@ -341,17 +369,58 @@ class Writeback:
     def write_back(
         self, nbytes: int, cause: Cause, only: Group | None = None
     ) -> Operation[Written]:
-        """Write at least `nbytes`, in whole extents, or until something stops it."""
+        """Write at least `nbytes`, in whole extents, or until something stops it.
+
+        Several extents are under way at a time: each is an operation of its own, and this one
+        drives them by turns.
+        """
         total = Written()
-        while total.bytes < nbytes and total.stopped is None:
-            step = yield from self.write_extent(cause, only)
-            total = Written(
-                total.bytes + step.bytes,
-                total.pages + step.pages,
-                total.moved + step.moved,
-                step.stopped,
-            )
-        return total
+        flights: deque[tuple[Operation[Written], IoBatch]] = deque()
+        try:
+            while True:
+                while (
+                    total.stopped is None
+                    and len(flights) < PIPELINE
+                    and total.bytes + len(flights) * SEGMENT_BYTES < nbytes
+                ):
+                    flight = self.write_extent(cause, only)
+                    landed = yield from _advance(flight, flights)
+                    total = _sum(total, landed)
+                if not flights:
+                    return total
+                flight, batch = flights.popleft()
+                yield batch
+                landed = yield from _advance(flight, flights)
+                total = _sum(total, landed)
+        finally:
+            for flight, _ in flights:
+                flight.close()
+
+
+def _advance(
+    flight: Operation[Written], flights: deque[tuple[Operation[Written], IoBatch]]
+) -> Operation[Written]:
+    """Resume one extent's operation until it has begun to write, or has ended."""
+    try:
+        while True:
+            need = next(flight)
+            if isinstance(need, IoBatch):
+                yield Submit(need)
+                flights.append((flight, need))
+                return Written()
+            yield need
+    except StopIteration as end:
+        landed: Written = end.value
+        return landed
+
+
+def _sum(one: Written, other: Written) -> Written:
+    return Written(
+        one.bytes + other.bytes,
+        one.pages + other.pages,
+        one.moved + other.moved,
+        one.stopped or other.stopped,
+    )
 
 
 def _room(group: Group) -> bool:

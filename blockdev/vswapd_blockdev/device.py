@@ -1,13 +1,17 @@
 """The contract of a swap device: extents of 256 KiB that are read, written and discarded.
 
 What every device promises (and `CheckedDevice` asserts, for each of them):
-- Offsets and lengths are multiples of BLOCK_BYTES and stay inside the extent.
+- Offsets and lengths are multiples of BLOCK_BYTES and stay inside the extent; no length is 0.
 - `read` returns exactly the bytes of the last successful `write`, or raises ReadError. Whether they
   are the right ones is for the reader's checksum to say: a device can lie.
 - `write` returns only when the bytes will be read back by a later `read`; it raises WriteError
   otherwise, and then the contents of those blocks are unknown.
 - `discard` never raises for I/O: what was discarded is garbage from then on, read or not.
-- `read`, `write` and `discard` may be called from several threads at a time.
+- `read`, `write` and `discard` may be called from several threads at a time. A write leaves all
+  other blocks alone, those of its extent too; of calls for the same block at the same time, nothing
+  is promised.
+- A read's buffer is not used for anything else afterwards; a write keeps nothing of its `data`.
+- Nothing else than the errors below is raised, and they name the device by its `path`.
 
 A device must not know what stands in an extent, which extents are in use, or why it is written to.
 """

@@ -1,12 +1,15 @@
 """Which extents of a device are free, used, or out of use. No I/O.
 
 Invariants:
-- Every extent is free, used, or free-and-bad; a used extent that is marked bad stays used until it
-  is given back, and is then never handed out again.
+- Every extent is free, used, or out of use; a used extent that is marked bad stays used until it is
+  given back, and is then out of use for good.
 - The lowest free extent is handed out first: the used part of a sparse file stays together, and a
   device that is nearly empty is nearly all holes.
 
-This module must not know devices, discards, or what stands in an extent.
+Taking and giving cost O(log n) of what was given back, and nothing is kept for what was never used.
+
+This module must not know devices, discards, pins, or what stands in an extent: who takes one gives
+it back when nobody reads or writes it any more, and after its discard.
 """
 
 from __future__ import annotations
@@ -21,15 +24,16 @@ class ExtentMap:
     def __init__(self, extents: int) -> None:
         self.extents: Final = extents
         self._limit = 0
+        """Extents from here on were never taken."""
         self._returned: list[int] = []
+        self._taken: set[int] = set()
         self._bad: set[int] = set()
-        self._used = 0
         self._retired = 0
 
     @property
     def used(self) -> int:
         """Extents that were taken and not given back."""
-        return self._used
+        return len(self._taken)
 
     @property
     def bad(self) -> int:
@@ -39,7 +43,7 @@ class ExtentMap:
     @property
     def free(self) -> int:
         """Extents that `take` can hand out."""
-        return self.extents - self._used - self._retired
+        return self.extents - len(self._taken) - self._retired
 
     def take(self) -> int | None:
         """The lowest free extent, or None."""
@@ -50,13 +54,13 @@ class ExtentMap:
             self._limit += 1
         else:
             return None
-        self._used += 1
+        self._taken.add(extent)
         return extent
 
     def give(self, extent: int) -> None:
         """Return an extent that was taken; a bad one goes out of use."""
-        assert 0 <= extent < self._limit
-        self._used -= 1
+        assert extent in self._taken, f"extent {extent} was given back twice, or never taken"
+        self._taken.remove(extent)
         if extent in self._bad:
             self._retired += 1
         else:
@@ -64,4 +68,5 @@ class ExtentMap:
 
     def mark_bad(self, extent: int) -> None:
         """Never hand out an extent again that is in use now; idempotent."""
+        assert extent in self._taken, f"extent {extent} is not in use"
         self._bad.add(extent)

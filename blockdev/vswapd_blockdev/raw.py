@@ -1,20 +1,23 @@
-"""System calls that the standard library has no names for: giving space back.
+"""System calls that the standard library has no names for.
 
-This module must not know what is given back.
+This module must not know why space is given back.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import struct
 from typing import Final
 
 _LIBC: Final = ctypes.CDLL(None, use_errno=True)
+_LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
 _FALLOC_FL_KEEP_SIZE: Final = 1
 _FALLOC_FL_PUNCH_HOLE: Final = 2
 _BLKDISCARD: Final = 0x1277
+_BLKGETSIZE64: Final = 0x80081272
 
 
 def punch_hole(fd: int, offset: int, length: int) -> None:
@@ -23,15 +26,11 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
     Raises:
         OSError: the file system cannot, or did not.
     """
-    result = _LIBC.fallocate(
-        fd,
-        _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE,
-        ctypes.c_long(offset),
-        ctypes.c_long(length),
-    )
-    if result != 0:
+    mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+    while _LIBC.fallocate(fd, mode, offset, length) != 0:
         code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
 
 
 def discard_blocks(fd: int, offset: int, length: int) -> None:
@@ -41,3 +40,14 @@ def discard_blocks(fd: int, offset: int, length: int) -> None:
         OSError: the device cannot, or did not.
     """
     fcntl.ioctl(fd, _BLKDISCARD, struct.pack("<QQ", offset, length))
+
+
+def block_device_bytes(fd: int) -> int:
+    """How long a block device is.
+
+    Raises:
+        OSError: it is none.
+    """
+    answer = fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8))
+    size: int = struct.unpack("<Q", answer)[0]
+    return size

@@ -1,0 +1,23 @@
+"""All benchmarks: the pieces, then what must come out."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from bench import targets
+
+PIECES = [
+    "bench",
+    "--override-ini=python_files=bench_*.py",
+    "--timeout=300",
+    "--benchmark-columns=median,iqr,ops,rounds",
+    "--benchmark-group-by=group",
+    "--benchmark-sort=name",
+    "--benchmark-warmup=on",
+    "--quiet",
+]
+
+if __name__ == "__main__":
+    failed = pytest.main(PIECES)
+    sys.exit(targets.main() or failed)

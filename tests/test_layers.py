@@ -39,13 +39,13 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "demo"),
     ("cli",),
     ("service",),
-    ("server", "steering", "listener", "peer"),
+    ("server", "steering", "listener"),
     ("session",),
     ("driver", "shrinker_thread", "status"),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These
 # may use what the engine says of itself and each other, and nothing of the engine may use them.
-BESIDE = ("ctl", "config", "host", "metrics", "journal", "notify", "sizes")
+BESIDE = ("ctl", "config", "host", "metrics", "journal", "notify", "peer", "sizes")
 
 # What of the devices is contract or plain data; the other modules there are devices.
 DEVICE_BORDER = frozenset({"vswapd_blockdev.device", "vswapd_blockdev.extents"})

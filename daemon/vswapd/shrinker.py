@@ -103,7 +103,7 @@ class Shrinker:
         elif self._working and settings.shrinker_rate and self._allowed() < SEGMENT_BYTES:
             missing = SEGMENT_BYTES - self._allowed()
             times.append(core.clock() + missing / settings.shrinker_rate)
-        if self._protected:
+        if self._protected and settings.idle_age:
             times.append(core.clock() + max(1.0, settings.idle_age / 8))
         if not times:
             return None

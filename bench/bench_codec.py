@@ -8,9 +8,11 @@ import pytest
 from bench import corpora, rig
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from vswapd import live_programs
+from vswapd.capture import PAGE_BYTES
 from vswapd_backends.codec import codec_from_spec
 
-NAMES = [*corpora.live_programs.OURS, *corpora.live_programs.OTHERS]
+NAMES = [*live_programs.OURS, *live_programs.OTHERS]
 SPECS = ["lz4", "lz4hc:9", "zstd:3"]
 
 
@@ -29,8 +31,8 @@ def bench_compress(benchmark: BenchmarkFixture, name: str, spec: str) -> None:
     benchmark.group = f"compress 64 pages, {spec}"
     codec, folio = codec_from_spec(spec), folio_of(name)
     entries = benchmark(codec.compress, folio)
-    sizes = [min(len(entry), corpora.PAGE_BYTES) for entry in entries]
-    benchmark.extra_info["ratio"] = rig.FOLIO * corpora.PAGE_BYTES / sum(sizes)
+    sizes = [min(len(entry), PAGE_BYTES) for entry in entries]
+    benchmark.extra_info["ratio"] = rig.FOLIO * PAGE_BYTES / sum(sizes)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +40,7 @@ def bench_compress(benchmark: BenchmarkFixture, name: str, spec: str) -> None:
 def bench_decompress(benchmark: BenchmarkFixture, name: str, spec: str) -> None:
     benchmark.group = f"decompress 64 pages, {spec}"
     codec, folio = codec_from_spec(spec), folio_of(name)
-    entries = [entry for entry in codec.compress(folio) if len(entry) < corpora.PAGE_BYTES]
+    entries = [entry for entry in codec.compress(folio) if len(entry) < PAGE_BYTES]
     found = benchmark(codec.decompress, entries)
     assert len(found) == len(entries)
     assert set(map(bytes, found)) <= set(map(bytes, itertools.chain(folio)))

@@ -6,8 +6,6 @@ measured on each corpus by itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from bench import corpora, rig
 from bench.rig import Rig
@@ -46,6 +44,6 @@ def bench_rig() -> Rig:
 
 
 @pytest.fixture
-def stored(bench_rig: Rig, folios: list[bytes]) -> Iterator[list[U64]]:
+def stored(bench_rig: Rig, folios: list[bytes]) -> list[U64]:
     """The slots of all folios, stored in that engine."""
-    yield bench_rig.store(folios)
+    return bench_rig.store(folios)

@@ -10,7 +10,6 @@ This module must not know what the verbs print.
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -67,7 +66,7 @@ def _fail(text: str, code: int) -> int:
 
 def _exit_code(error: vswap.VswapError) -> int:
     """The error's own, but for a socket that is there and may not be used."""
-    if isinstance(error, vswap.NoDaemon) and os.strerror(errno.EACCES) in str(error):
+    if isinstance(error, vswap.NoDaemon) and ": no permission" in str(error):
         return EXIT_NOT_PERMITTED
     return error.exit_code
 

@@ -131,6 +131,8 @@ def own_daemon(directory: Path, pool: int, swap_bytes: int) -> Iterator[tuple[Pa
             code = process.wait(_PATIENCE_S)
             if code:
                 raise DemoError(f"the daemon ended with {code}:\n{log_path.read_text()}")
+        except vswap.VswapError as error:
+            raise DemoError(f"{error}; the daemon's log:\n{log_path.read_text()}") from None
         finally:
             process.kill()
             process.wait()

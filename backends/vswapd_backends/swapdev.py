@@ -199,11 +199,6 @@ class SwapDevices:
         entry.write_errors += 1
         entry.map.mark_bad(extent)
 
-    def is_filling(self, number: int) -> bool:
-        """Whether somebody has the extent pinned to write into it, and nothing lives in it yet."""
-        entry, extent = self.device_of(number)
-        return bool(entry.pins[extent]) and not entry.live_entries[extent]
-
     def _maybe_discard(self, entry: SwapDevice, extent: int) -> None:
         if not entry.live_entries[extent] and not entry.pins[extent]:
             entry.discards.append(extent)
@@ -237,6 +232,11 @@ class SwapDevices:
     def discards_waiting(self) -> bool:
         """Whether `discard` has something to do."""
         return any(d is not None and d.discards for d in self._devices)
+
+    @property
+    def discarding(self) -> bool:
+        """Whether discards are under way: extents will be free when they are done."""
+        return any(d is not None and d.discarding for d in self._devices)
 
     # Entries
 

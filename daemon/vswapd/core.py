@@ -63,6 +63,8 @@ class Core:
         self._budget_day = -1.0
         arena.most_bytes = settings.pool_max
         self._budget_used = 0
+        self.budget_pending = 0
+        """Bytes of writes that are under way, and not spent yet."""
 
     # Words
 
@@ -196,7 +198,7 @@ class Core:
         if day != self._budget_day:
             self._budget_day = day
             self._budget_used = 0
-        return max(0, self.settings.write_budget - self._budget_used)
+        return max(0, self.settings.write_budget - self._budget_used - self.budget_pending)
 
     def spend(self, written: int) -> None:
         """Count bytes that were written to a device against today's budget."""

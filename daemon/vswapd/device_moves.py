@@ -9,7 +9,7 @@ Invariants:
   back in use when swapoff fails, with everything that is still on it.
 - Extents are pinned from the read to the flip.
 - Checks are carried over, not made anew: an entry that rotted on the device is still found out
-  where it was moved to.
+  where it was moved to. Into the pool, where loads need not look at checks, only sound ones go.
 
 This module must not know when to merge, or who asks for swapoff.
 """
@@ -44,6 +44,7 @@ from vswapd_backends.segment import (
     Directory,
     ImageBuilder,
     LayoutError,
+    digests,
     get_checks,
     parse_image,
     put_checks,
@@ -76,6 +77,14 @@ class _Moving:
         parts = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         return Compressed(pool, parts, 1, lengths, int(lengths.sum()))
 
+    def sound(self) -> bool:
+        """Whether every entry agrees with its check."""
+        starts = self.directory.offsets + CHECK_BYTES
+        ends = starts + self.directory.lengths
+        bodies = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
+        checks = get_checks(np.frombuffer(self.image, np.uint8), self.directory.offsets)
+        return bool((digests(bodies) == checks).all())
+
 
 class DeviceMoves:
     """Drains devices and merges extents."""
@@ -103,22 +112,25 @@ class DeviceMoves:
                 self._fallback.leave(device)
                 extents = np.flatnonzero(device.live_entries)
                 if not len(extents):
-                    if device.pins.any():
-                        # Reads and writes of others that are still under way.
+                    if device.pins.any() or device.discarding:
+                        # Requests of others that are still under way.
                         yield WAIT
                         continue
-                    break
+                    if not device.discards:
+                        break
+                    yield from devices.discard()
+                    continue
                 moved += yield from self._drain(device, int(extents[0]))
         except BaseException:
             device.draining = False
             raise
-        yield from devices.discard()
         devices.remove(device)
         return moved
 
     def _drain(self, device: SwapDevice, extent: int) -> Operation[int]:
         number = device.number_of(extent)
-        if device.pins[extent] and self._core.devices.is_filling(number):
+        if self._fallback.is_writing(number):
+            # What we read now might be older than the words that name it when we are done.
             yield WAIT
             return 0
         devices = self._core.devices
@@ -137,12 +149,13 @@ class DeviceMoves:
     def _move(self, moving: _Moving, device: SwapDevice, extent: int) -> Operation[int]:
         """To the pool if it has room, else to another device."""
         core = self._core
-        stream = (int(device.pool[extent]), int(device.group[extent]))
+        stream = self._stream_of(device, extent)
         group = core.groups[stream[1]]
         compressed = moving.compressed(stream[0])
         if not len(compressed):
             return 0
-        if self._pool_takes(group, compressed):
+        sound = moving.sound()
+        if sound and self._pool_takes(group, compressed):
             places = core.zswap.append(
                 group.index, moving.directory.numbers, compressed, core.clock()
             )
@@ -153,6 +166,11 @@ class DeviceMoves:
         if left is not None and left < SEGMENT_BYTES:
             raise SwapoffError(f"{device.device.path}: the write budget is spent; it stays in use")
         target = yield from self._writeback.take_extent(stream)
+        if target is None and not sound:
+            raise SwapoffError(
+                f"{device.device.path}: pages in extent {extent} are damaged, and loads from the "
+                "pool would not notice; the device stays in use: add another to move them to"
+            )
         if target is None:
             raise SwapoffError(
                 f"{device.device.path}: neither the pool nor another device has room for what lies "
@@ -214,9 +232,14 @@ class DeviceMoves:
             extents = self._sparse(device)
             if extents is None:
                 continue
-            stream = (int(device.pool[extents[0]]), int(device.group[extents[0]]))
+            stream = self._stream_of(device, int(extents[0]))
             target = yield from self._writeback.take_extent(stream, reserve=True)
             if target is None:
+                continue
+            # That may have waited for discards: extents were given up, and taken, meanwhile.
+            extents = self._sparse(device)
+            if extents is None or stream != self._stream_of(device, int(extents[0])):
+                devices.unpin(target)
                 continue
             freed = yield from self._merge(device, extents, target, stream)
             if freed > 0:
@@ -241,6 +264,7 @@ class DeviceMoves:
                     sources.append((moving, self._add(builder, moving, stream[0])))
             if not sources:
                 return 0
+            held = None
             _, held = yield from self._writeback.write_image(
                 builder, target, stream, Cause.DEVICE_COMPACT
             )
@@ -257,6 +281,10 @@ class DeviceMoves:
         return int((device.live_entries[extents] == 0).sum()) - 1
 
     # Shared
+
+    @staticmethod
+    def _stream_of(device: SwapDevice, extent: int) -> Stream:
+        return int(device.pool[extent]), int(device.group[extent])
 
     def _read(self, number: int) -> Operation[_Moving | None]:
         """The live entries of a pinned extent; None if it cannot be read."""
@@ -324,6 +352,7 @@ class DeviceMoves:
         try:
             builder = self._builder(buffer, stream)
             offsets = self._add(builder, moving, stream[0])
+            held = None
             _, held = yield from self._writeback.write_image(builder, target, stream, cause)
             if held is None:
                 return None

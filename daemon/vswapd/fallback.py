@@ -7,7 +7,8 @@ begins on a block of its own, so that no acknowledged byte is written twice.
 Invariants:
 - An extent that is being filled carries one pin of ours; each folio on its way has one more per
   extent that it uses, until its words are published or it is given up.
-- One folio at a time per stream: the directory's blocks are shared by all that lie in the extent.
+- One folio at a time per stream: header and directory are shared by all that lie in the extent.
+- Blocks with acknowledged entries are never written again: a write that fails leaves garbage.
 
 This module must not know the pool, or how slots get their words.
 """
@@ -26,7 +27,6 @@ from vswapd_backends.base import (
     I64,
     SEGMENT_BYTES,
     WAIT,
-    IoBatch,
     IoKind,
     IoRequest,
     Operation,
@@ -80,23 +80,36 @@ class Fallback:
         if stop is not None:
             return stop
         stream = (compressed.pool, group.index)
-        while stream in self._busy:
-            yield WAIT
-        self._busy.add(stream)
         parts: list[Places] = []
+        group.device_pending += compressed.compressed_bytes
         try:
+            while stream in self._busy:
+                yield WAIT
             stop = yield from self._write(stream, numbers, compressed, parts)
         except BaseException:
-            self.settle(parts)
+            self._give_up(group, compressed, parts)
             raise
-        finally:
-            self._busy.discard(stream)
         if stop is not None:
-            self.settle(parts)
+            self._give_up(group, compressed, parts)
             return stop
         return concatenate_places(parts)
 
+    def _give_up(self, group: Group, compressed: Compressed, parts: list[Places]) -> None:
+        group.device_pending -= compressed.compressed_bytes
+        for places in parts:
+            self._unpin(places)
+        self.close_idle()
+
     def _write(
+        self, stream: Stream, numbers: I64, compressed: Compressed, parts: list[Places]
+    ) -> Operation[Stop | None]:
+        self._busy.add(stream)
+        try:
+            return (yield from self._write_portions(stream, numbers, compressed, parts))
+        finally:
+            self._busy.discard(stream)
+
+    def _write_portions(
         self, stream: Stream, numbers: I64, compressed: Compressed, parts: list[Places]
     ) -> Operation[Stop | None]:
         first = failures = 0
@@ -123,11 +136,7 @@ class Fallback:
             requests = _portion_writes(entry, extent, builder, begin)
             self._core.devices.pin(filling.number)
             parts.append(Places.within(filling.number, offsets, portion.lengths))
-            self._writeback.in_flight += 1
-            try:
-                yield IoBatch(requests)
-            finally:
-                self._writeback.in_flight -= 1
+            yield from self._writeback.write(requests)
             self._writeback.account(
                 Cause.FALLBACK, sum(r.length for r in requests if r.error is None)
             )
@@ -140,14 +149,21 @@ class Fallback:
                     return Stop.DEVICE_ERROR
                 continue
             builder.round_up()
+            if builder.payload_end % BLOCK_BYTES:
+                # No room to round up: what came next would share a block with what is acknowledged.
+                self._close(stream)
             first += count
         return None
 
-    def settle(self, parts: list[Places] | Places) -> None:
+    def settle(self, group: Group, places: Places) -> None:
         """The words of a folio are published, or it is given up: let go of its extents."""
-        for places in [parts] if isinstance(parts, Places) else parts:
-            for number in np.unique(places.number).tolist():
-                self._core.devices.unpin(number)
+        group.device_pending -= int(places.length.sum())
+        self._unpin(places)
+        self.close_idle()
+
+    def _unpin(self, places: Places) -> None:
+        for number in np.unique(places.number).tolist():
+            self._core.devices.unpin(number)
 
     def _open(self, stream: Stream) -> Operation[_Filling | None]:
         core = self._core
@@ -163,6 +179,8 @@ class Fallback:
         )
         entry, extent = core.devices.device_of(number)
         entry.sequence[extent] = builder.sequence
+        # The header is written with every folio: no entry may share its block.
+        builder.round_up()
         filling = _Filling(number, builder)
         self._filling[stream] = filling
         return filling
@@ -171,6 +189,13 @@ class Fallback:
         filling = self._filling.pop(stream)
         self._core.devices.unpin(filling.number)
         self._writeback.buffers.give(filling.builder.buffer)
+
+    def is_writing(self, number: int) -> bool:
+        """Whether a folio is on its way into this extent."""
+        return any(
+            filling.number == number and stream in self._busy
+            for stream, filling in self._filling.items()
+        )
 
     def close_idle(self) -> None:
         """Let go of extents in which nothing lives (any more). Cheap when there are none."""

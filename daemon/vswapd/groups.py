@@ -27,6 +27,9 @@ class Group:
     limits: GroupLimits
     pool_bytes: int = 0
     device_bytes: int = 0
+    device_pending: int = 0
+    """Compressed bytes on their way to devices, not charged yet: operations that overlap cannot
+    pass the limit together."""
     spaces: int = 0
 
     def pool_room(self) -> int | None:
@@ -37,7 +40,7 @@ class Group:
     def device_room(self) -> int | None:
         """Compressed bytes that may still go to devices; None: any number."""
         limit = self.limits.device_max
-        return None if limit is None else max(0, limit - self.device_bytes)
+        return None if limit is None else max(0, limit - self.device_bytes - self.device_pending)
 
 
 @dataclass(slots=True)

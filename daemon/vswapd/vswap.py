@@ -290,7 +290,7 @@ class Engine:
                 self.core.devices.keep(number, entries, length)
             stored = self._publish(space, folio, numbers, slots, placed, Tag.PHYS)
         finally:
-            self._fallback.settle(placed)
+            self._fallback.settle(space.group, placed)
         self.core.stats.fallback_pages += len(placed.number)
         return stored
 

@@ -32,7 +32,10 @@ from vswapd_backends.base import (
     PAGE_BYTES,
     SEGMENT_BYTES,
     U64,
+    WAIT,
     IoBatch,
+    IoKind,
+    IoRequest,
     Operation,
     Places,
     Submit,
@@ -197,17 +200,21 @@ class Writeback:
             salt=True,
         )
         gathered = self._gather(stream, builder)
+        group = core.groups[stream[1]]
+        pending = sum(int(lengths.sum()) for lengths in gathered.lengths)
+        group.device_pending += pending
         try:
             if builder.count:
                 target, number = number, None
                 written, number = yield from self.write_image(builder, target, stream, cause)
                 if number is None:
                     return Written(stopped=Stop.DEVICE_ERROR)
-                pages = self._flip(gathered, number, core.groups[stream[1]])
+                pages = self._flip(gathered, number, group)
             else:
                 written = pages = 0
             moved = self._second_chance(gathered, stream)
         finally:
+            group.device_pending -= pending
             if number is not None:
                 core.devices.unpin(number)
             for segment in gathered.pinned:
@@ -220,10 +227,14 @@ class Writeback:
     def take_extent(self, stream: Stream, *, reserve: bool = False) -> Operation[int | None]:
         """A free extent, pinned; None if the devices are full. May wait for discards."""
         devices = self._core.devices
-        number = devices.take(*stream, 0, reserve=reserve)
-        if number is None and devices.discards_waiting:
-            yield from devices.discard()
-            number = devices.take(*stream, 0, reserve=reserve)
+        while (number := devices.take(*stream, 0, reserve=reserve)) is None:
+            if devices.discards_waiting:
+                yield from devices.discard()
+            elif devices.discarding:
+                # Somebody else's discards: what they free is free for all.
+                yield WAIT
+            else:
+                break
         return number
 
     def write_image(
@@ -250,14 +261,11 @@ class Writeback:
             requests = image_writes(
                 entry.device, extent, builder.buffer, builder.payload_end, builder.count
             )
-            self.in_flight += 1
             try:
-                yield IoBatch(requests)
+                yield from self.write(requests)
             except BaseException:
                 core.devices.unpin(number)
                 raise
-            finally:
-                self.in_flight -= 1
             size = sum(request.length for request in requests if request.error is None)
             self.account(cause, size)
             if not any(request.error for request in requests):
@@ -265,6 +273,18 @@ class Writeback:
             core.devices.fail(number)
             core.devices.unpin(number)
         return 0, None
+
+    def write(self, requests: list[IoRequest]) -> Operation[None]:
+        """Have writes performed; while they are under way others know of them, and the budget."""
+        core = self._core
+        size = sum(request.length for request in requests)
+        self.in_flight += 1
+        core.budget_pending += size
+        try:
+            yield IoBatch(requests)
+        finally:
+            core.budget_pending -= size
+            self.in_flight -= 1
 
     def account(self, cause: Cause, size: int) -> None:
         """Count bytes that were written to a device under their cause, and against the budget."""
@@ -404,7 +424,7 @@ def _advance(
     try:
         while True:
             need = next(flight)
-            if isinstance(need, IoBatch):
+            if isinstance(need, IoBatch) and need.requests[0].kind is IoKind.WRITE:
                 yield Submit(need)
                 flights.append((flight, need))
                 return Written()

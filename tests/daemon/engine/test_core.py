@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.engine import MIB, make_engine, pages_of
 
+from support.engine import MIB, make_engine, pages_of
 from vswapd.errors import BadSlotError
 from vswapd_backends.base import IoBatch, run
 

@@ -1,0 +1,382 @@
+"""swapoff and merging: what lies on a device goes elsewhere, whatever happens meanwhile."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from support.engine import KIB, MIB, Rig, UnkindDevice, ids, make_engine, numbers_of, page, pages_of
+from support.interleaving import start
+from vswapd.errors import NoSuchDeviceError, PageLostError, SwapoffError
+from vswapd.groups import Space
+from vswapd.settings import GroupLimits
+from vswapd.swap_table import Tag, places_of
+from vswapd_backends.base import U64, WAIT, IoBatch, run
+from vswapd_blockdev.device import EXTENT_BYTES
+
+
+def _fill(rig: Rig, space: Space, count: int, *, kind: str = "text") -> tuple[U64, list[bytes]]:
+    """Pages that lie on devices."""
+    pages = pages_of(kind, count)
+    slots = rig.put(space, pages)
+    rig.writeback()
+    assert set(rig.tags(slots)) == {Tag.PHYS}
+    return slots, pages
+
+
+def _nearly_full(rig: Rig) -> tuple[Space, dict[int, bytes]]:
+    """A device of 8 extents, all but the reserve in use, each with few live entries."""
+    space = rig.space()
+    held: dict[int, bytes] = {}
+    for turn in range(7):
+        pages = pages_of("noise", 60, 100 * turn)
+        slots = rig.put(space, pages)
+        rig.writeback()
+        rig.free(space, slots[5:])
+        held.update(zip(slots[:5].tolist(), pages[:5], strict=True))
+    device = rig.device_of(rig.devices[0])
+    assert np.count_nonzero(device.live_entries) == 7
+    return space, held
+
+
+def _check_held(rig: Rig, space: Space, held: dict[int, bytes]) -> None:
+    assert rig.load(space, ids(*held)) == list(held.values())
+    assert rig.verify().ok
+
+
+# swapoff
+
+
+def test_swapoff_moves_pages_to_the_pool_and_keeps_ids() -> None:
+    """With room in the pool everything goes there, under the same ids."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 200)
+    device = rig.devices[0]
+    assert rig.swapoff(device) == 200
+    assert set(rig.tags(slots)) == {Tag.ZSWAP}
+    assert rig.load(space, slots) == pages
+    assert rig.engine.snapshot().devices == ()
+    assert rig.verify().ok
+
+
+def test_swapoff_moves_pages_to_another_device_if_the_pool_has_no_room() -> None:
+    """What the pool does not take is written to another device, and counted under swapoff."""
+    rig = make_engine(devices=[16, 16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 200)
+    rig.set(pool_max=0)
+    one, other = rig.devices
+    full, empty = (one, other) if rig.device_of(one).live_entries.any() else (other, one)
+    assert rig.swapoff(full) == 200
+    assert set(rig.tags(slots)) == {Tag.PHYS}
+    assert rig.load(space, slots) == pages
+    stats = rig.engine.snapshot().stats
+    assert stats.swapoff_bytes == empty.written
+    assert rig.verify().ok
+
+
+def test_swapoff_that_cannot_move_everything_fails_and_the_device_stays() -> None:
+    """Nothing is lost, the device is in use again, and a later swapoff can succeed."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 200)
+    rig.set(pool_max=300 * KIB)
+    device = rig.devices[0]
+    with pytest.raises(SwapoffError):
+        rig.swapoff(device)
+    assert rig.engine.snapshot().devices[0].state == "on"
+    assert set(rig.tags(slots)) <= {Tag.ZSWAP, Tag.PHYS}
+    assert rig.load(space, slots) == pages
+    rig.put(space, pages_of("text", 5, 900))
+    rig.writeback()
+    rig.set(pool_max=4 * MIB)
+    rig.swapoff(device)
+    assert rig.load(space, slots) == pages
+    assert rig.verify().ok
+
+
+def test_swapoff_of_an_unknown_path_changes_nothing() -> None:
+    """The error names what is in use."""
+    rig = make_engine(devices=[4])
+    with pytest.raises(NoSuchDeviceError, match="mem0"):
+        run(rig.engine.swapoff("elsewhere"))
+
+
+def test_swapoff_that_is_under_way_refuses_a_second_one() -> None:
+    """One drain at a time; the second says so."""
+    rig = make_engine(devices=[4])
+    _fill(rig, rig.space(), 20)
+    first = start(rig.engine.swapoff("mem0"))
+    first.until_io()
+    with pytest.raises(SwapoffError):
+        run(rig.engine.swapoff("mem0"))
+    first.finish()
+
+
+def test_swapoff_with_a_read_error_fails_and_loses_nothing_else() -> None:
+    """An extent that cannot be read keeps the device in use; its pages are readable again later."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 300)
+    device = rig.devices[0]
+    second = device.reads + 2
+    device.fails = lambda kind, nth: kind == "read" and nth == second
+    with pytest.raises(SwapoffError):
+        rig.swapoff(device)
+    device.fails = None
+    assert {Tag.ZSWAP, Tag.PHYS} == set(rig.tags(slots))
+    assert rig.load(space, slots) == pages
+    assert rig.swapoff(device) > 0
+    assert rig.load(space, slots) == pages
+
+
+def test_damaged_entries_do_not_become_other_bytes_by_swapoff() -> None:
+    """Only sound entries go to the pool, where loads need not look at checks."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    pages = pages_of("noise", 20) + pages_of("text", 20)
+    slots = rig.put(space, pages)
+    rig.writeback()
+    for index in (3, 25):
+        rig.damage(int(slots[index]), byte=60)
+    with pytest.raises(SwapoffError, match="damaged"):
+        rig.swapoff(rig.devices[0])
+    expected = [None if i in {3, 25} else page for i, page in enumerate(pages)]
+    assert rig.peek(space, slots) == expected
+    other = rig.swapon(8)
+    rig.swapoff(rig.devices[0])
+    assert rig.devices == [other]
+    assert rig.peek(space, slots) == expected
+
+
+@pytest.mark.parametrize("where", ["header", "directory"])
+def test_swapoff_survives_a_damaged_header_or_directory(where: str) -> None:
+    """The table is the truth: entries are found through it, and no page is lost."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 200)
+    for extent in range(4):
+        at = 20 if where == "header" else EXTENT_BYTES - 12
+        rig.devices[0].data[extent * EXTENT_BYTES + at] ^= 0xFF
+    assert rig.swapoff(rig.devices[0]) == 200
+    assert rig.load(space, slots) == pages
+
+
+def test_swapoff_keeps_within_the_groups_pool_limit() -> None:
+    """The pool limit of the group that owns the pages is not passed by swapoff."""
+    rig = make_engine(devices=[16])
+    space = rig.space("7")
+    slots, pages = _fill(rig, space, 200)
+    rig.set(groups={"7": GroupLimits(pool_max=100 * KIB)})
+    with pytest.raises(SwapoffError):
+        rig.swapoff(rig.devices[0])
+    assert rig.engine.snapshot().groups[0].pool_bytes <= 100 * KIB
+    assert rig.load(space, slots) == pages
+
+
+def test_pages_change_hands_while_swapoff_reads_them() -> None:
+    """Freed, overwritten and loaded pages of the extent under way keep their own fate."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 60)
+    swapoff = start(rig.engine.swapoff("mem0"))
+    swapoff.until_io()
+    rig.free(space, slots[:10])
+    rig.store(space, pages_of("text", 10, 500), slots[10:20])
+    assert rig.load(space, slots[20:30]) == pages[20:30]
+    swapoff.finish()
+    assert rig.load(space, slots[10:20]) == pages_of("text", 10, 500)
+    assert rig.load(space, slots[20:]) == pages[20:]
+    assert rig.verify().ok
+
+
+def test_folio_published_while_swapoff_reads_its_extent_is_not_taken_from_the_older_image() -> None:
+    """swapoff waits for a folio that is being written into the extent, and moves it then."""
+    rig = make_engine(devices=[16], pool_enabled=False)
+    space = rig.space()
+    pages = pages_of("noise", 4)
+    slots = rig.put(space, pages)
+    late = pages_of("noise", 4, 50)
+    store = start(rig.engine.store(space, rig.engine.prepare(b"".join(late))), "store")
+    writes = store.until_io()
+    rig.set(pool_enabled=True)
+    swapoff = start(rig.engine.swapoff("mem0"), "swapoff")
+    need = swapoff.advance()
+    if isinstance(need, IoBatch):
+        swapoff.perform()  # the image as it is before the folio's bytes are there
+    else:
+        assert need is WAIT
+    for request in writes.requests:
+        request.perform()
+    store.air.clear()
+    store.finish()
+    swapoff.finish()
+    assert rig.load(space, slots) == pages
+    assert rig.load(space, store.result.slots) == late
+    assert rig.verify().ok
+
+
+def test_swapoff_waits_for_a_load_that_is_under_way() -> None:
+    """Nobody asks a device for anything after swapoff has returned."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 20)
+    load = start(rig.engine.load(space, slots))
+    load.until_io()
+    swapoff = start(rig.engine.swapoff("mem0"))
+    swapoff.until_io()
+    swapoff.perform()
+    assert swapoff.advance() is WAIT
+    assert load.finish() == pages
+    swapoff.finish()
+    rig.devices.pop().close()
+    rig.settle()
+
+
+def test_swapoff_waits_for_discards_that_are_under_way() -> None:
+    """A discard that somebody else has begun ends before the device is let go of."""
+    rig = make_engine(devices=[16])
+    space = rig.space()
+    slots, _ = _fill(rig, space, 60)
+    rig.free(space, slots)
+    discard = start(rig.engine.core.devices.discard(), "discard")
+    discard.until_io()
+    swapoff = start(rig.engine.swapoff("mem0"), "swapoff")
+    assert swapoff.advance() is WAIT
+    discard.finish()
+    swapoff.finish()
+    rig.check()
+
+
+@pytest.mark.parametrize("steps", range(12))
+def test_swapoff_can_be_given_up_anywhere(steps: int) -> None:
+    """Ended after any step, it leaves the device in use and every page where it can be loaded."""
+    rig = make_engine(devices=[16, 16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 150)
+    rig.free(space, slots[::3])
+    rig.set(pool_max=200 * KIB)
+    swapoff = start(rig.engine.swapoff("mem0"))
+    for _ in range(steps):
+        swapoff.advance()
+        swapoff.perform()
+        if swapoff.ended:
+            break
+    if not swapoff.ended:
+        swapoff.cancel(perform=True)
+        assert rig.device_of(rig.devices[0]).state == "on"
+    rig.check()
+    kept = [i for i in range(150) if i % 3]
+    assert rig.load(space, slots[kept]) == [pages[i] for i in kept]
+    assert rig.verify().ok
+
+
+# Merging
+
+
+def test_merging_frees_extents_of_a_nearly_full_device() -> None:
+    """Few live entries in many extents become few extents, and every page is still there."""
+    rig = make_engine(devices=[8])
+    space, held = _nearly_full(rig)
+    assert "merging extents" in rig.shrink()
+    assert np.count_nonzero(rig.device_of(rig.devices[0]).live_entries) < 7
+    stats = rig.engine.snapshot().stats
+    assert stats.device_compact_bytes > 0
+    _check_held(rig, space, held)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_merging_leaves_extents_alone_that_were_given_up_while_it_waited(*, reused: bool) -> None:
+    """Extents are chosen again after a wait for discards: none gets two owners, none is mixed."""
+    rig = make_engine(devices=[4])
+    space = rig.space()
+    held: list[U64] = []
+    for turn in range(3):
+        slots = rig.put(space, pages_of("noise", 60, 100 * turn))
+        rig.writeback()
+        rig.free(space, slots[2 if turn else 1 :])
+        held.append(slots[: 2 if turn else 1])
+    devices = rig.engine.core.devices
+    reserve = devices.take(0, 0, 0, reserve=True)
+    assert reserve is not None
+    devices.unpin(reserve)
+    merge = start(rig.engine._moves.merge(), "merge")
+    merge.until_io()  # the discard of the reserve
+    rig.free(space, held[0])
+    late = rig.put(space, pages_of("text", 20, 700))
+    if reused:
+        run(devices.discard())
+        rig.set(codec="zstd:1")
+        late = np.concatenate((late, rig.put(space, pages_of("text", 20, 720))))
+        assert devices.take(1, 0, 0, reserve=True) == 0, "another stream has it now"
+    merge.finish()
+    rig.check()
+    if reused:
+        devices.unpin(0)
+    rig.settle()
+    rig.check()
+    assert rig.load(space, np.concatenate(held[1:])) == [
+        page for turn in (1, 2) for page in pages_of("noise", 2, 100 * turn)
+    ]
+    assert rig.load(space, late) == pages_of("text", len(late), 700)
+    assert rig.verify().ok
+
+
+def test_damaged_entries_stay_damaged_when_they_are_merged() -> None:
+    """Checks are carried over: a page that rotted is lost before and after, and no other is."""
+    rig = make_engine(devices=[8])
+    space, held = _nearly_full(rig)
+    slots = ids(*held)
+    rig.damage(int(slots[7]), byte=9)
+    rig.shrink()
+    assert rig.peek(space, slots) == [
+        None if i == 7 else page for i, page in enumerate(held.values())
+    ]
+    with pytest.raises(PageLostError) as caught:
+        rig.load(space, slots)
+    assert caught.value.slots.tolist() == [int(slots[7])]
+
+
+def test_merging_with_write_errors_keeps_every_page() -> None:
+    """Merged extents that cannot be written leave their sources as they were."""
+    rig = make_engine(devices=[8])
+    space, held = _nearly_full(rig)
+    rig.devices[0].fails = lambda kind, nth: kind == "write"
+    rig.shrink()
+    rig.devices[0].fails = None
+    _check_held(rig, space, held)
+
+
+def test_a_device_that_lost_a_write_is_found_out() -> None:
+    """Stale bytes of the same place, once right for the same slot, are an error and not a page."""
+    rig = make_engine(devices=[3])
+    space = rig.space()
+    slots, _ = _fill(rig, space, 40, kind="noise")
+    where = places_of(rig.words(slots)).address.tolist()
+    rig.store(space, pages_of("noise", 40, 300), slots)
+    device = rig.devices[0]
+    image = bytes(device.data)
+    rig.settle()
+    device.data[:] = image
+    device.lies = True
+    rig.writeback()
+    assert places_of(rig.words(slots)).address.tolist() == where
+    with pytest.raises(PageLostError) as caught:
+        rig.load(space, slots)
+    assert caught.value.slots.tolist() == slots.tolist()
+
+
+def test_devices_are_filled_by_priority() -> None:
+    """The device of the highest priority takes pages as long as it has room."""
+    rig = make_engine(8 * MIB)
+    low = rig.swapon(8, priority=-5)
+    high = rig.swapon(3, priority=5)
+    space = rig.space()
+    slots, pages = _fill(rig, space, 250, kind="noise")
+    assert rig.device_of(high).map.free == 1
+    assert rig.device_of(low).live_entries.any()
+    assert isinstance(high, UnkindDevice)
+    assert numbers_of(slots).tolist() == list(range(250))
+    assert rig.load(space, slots) == pages
+    assert page("zero", 0) == bytes(4096)

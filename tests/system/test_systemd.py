@@ -11,7 +11,6 @@ import os
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import tomllib
@@ -265,6 +264,23 @@ def test_reload(machine: Container) -> None:
     assert _show(machine, "ActiveState") == "active"
 
 
+def test_a_wrong_configuration_is_not_tried_again(machine: Container) -> None:
+    """A misspelt key keeps the service from starting, once, and the journal says which it is."""
+    _restarted(machine)
+    journal = Journal(machine)
+    configuration = machine.root / "etc/vswapd/vswapd.toml"
+    before = configuration.read_text()
+    try:
+        configuration.write_text('[pool]\ncodek = "zstd:1"\n')
+        assert machine.run("systemctl", "restart", "vswapd.service", check=False).returncode
+        journal.await_line(r"pool\.codec")
+        assert _show(machine, "ExecMainStatus") == "78"
+        assert _show(machine, "ActiveState") == "failed"
+        assert _show(machine, "NRestarts") == "0"
+    finally:
+        configuration.write_text(before)
+
+
 def test_memory_is_locked_and_in_no_core_dump(machine: Container) -> None:
     """Table and pool are locked as they fill; no core dump, and others are killed first."""
     _restarted(machine)
@@ -325,7 +341,7 @@ def test_a_stuck_daemon_is_restarted_by_the_watchdog(machine: Container) -> None
         _restarted(machine)
         journal = Journal(machine)
         stuck = _main_pid(machine)
-        machine.run("kill", "-STOP", str(stuck))
+        machine.run("systemctl", "kill", "--signal=SIGSTOP", "vswapd.service")
         journal.await_line(r"Watchdog timeout")
         journal.await_line(r"Scheduled restart job")
         assert _client(machine, ROUND_TRIP, MEMBER).stdout == "loaded 3000\n"
@@ -374,6 +390,6 @@ def test_a_crash_restarts_the_service(machine: Container) -> None:
     """A daemon that is killed is started again; its clients' pages are gone, and they are told."""
     _restarted(machine)
     journal = Journal(machine)
-    machine.run("systemctl", "kill", f"--signal={signal.SIGKILL.name}", "vswapd.service")
+    machine.run("systemctl", "kill", "--signal=SIGKILL", "vswapd.service")
     journal.await_line(r"Scheduled restart job")
     assert _client(machine, ROUND_TRIP, MEMBER).stdout == "loaded 3000\n"

@@ -39,9 +39,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "demo"),
     ("cli",),
     ("service",),
-    ("server", "steering", "listener"),
+    ("server", "steering", "listener", "watchdog"),
+    ("connection",),
     ("session",),
-    ("driver", "shrinker_thread", "status"),
+    ("driver", "shrinker_thread", "status", "buffers"),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These
 # may use what the engine says of itself and each other, and nothing of the engine may use them.

@@ -22,6 +22,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from vswapd_backends.base import PAUSE, WAIT, Breath, IoBatch, StuckError, Submit
@@ -78,7 +79,7 @@ class Compute(Generic[T]):
         """Do it; errors wait for `result`."""
         try:
             self._outcome.append(self.call())
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - `result` raises it where it belongs
             self._error = error
 
     def result(self) -> T:
@@ -100,6 +101,18 @@ class Pending(Generic[T]):
     task: Task[T]
     need: Need
     epoch: int
+
+
+@dataclass(slots=True)
+class Progress:
+    """How a task fares that a thread of its own drives: the thread writes, others look."""
+
+    steps: int = 0
+    """Steps it has taken under the lock; two looks that see the same number saw no progress."""
+    waiting: bool = False
+    """For a device, or for others' operations: no progress is to be expected."""
+    stop: bool = False
+    """Set by others: give the task up after its next step."""
 
 
 class _Flight:
@@ -161,7 +174,7 @@ class _Workers:
             error: BaseException | None = None
             try:
                 call()
-            except BaseException as caught:
+            except BaseException as caught:  # noqa: BLE001 - handed to whoever waits
                 error = caught
             flight.part_done(error)
             del item, call, flight, error  # an idle worker holds on to nothing
@@ -230,7 +243,7 @@ class Driver:
                 if need is PAUSE:
                     await asyncio.sleep(0)
                 elif need is WAIT:
-                    mistake = await _once(loop, lambda wake, at=epoch: self._subscribe(at, wake))
+                    mistake = await _once(loop, partial(self._subscribe, epoch))
                 else:
                     flight = self._begin(need)
                     if flight is not None:
@@ -244,20 +257,29 @@ class Driver:
                 return step[0]
             need, epoch = step.need, step.epoch
 
-    def run(self, task: Task[T], stop: Callable[[], bool] = lambda: False) -> T | None:
-        """Drive a task from a thread of its own to its end; None if `stop` ended it before."""
+    def run(self, task: Task[T], progress: Progress | None = None) -> T | None:
+        """Drive a task from a thread of its own to its end; None if it was stopped before.
+
+        Raises:
+            BaseException: whatever the task raises.
+        """
+        progress = progress or Progress()
         outcome = self.start(task)
         while isinstance(outcome, Pending):
-            mistake: BaseException | None = None
             need = outcome.need
+            mistake: BaseException | None = None
+            progress.waiting = need is not PAUSE
             if need is WAIT:
-                mistake = _wait_for(lambda wake, at=outcome.epoch: self._subscribe(at, wake))
+                mistake = _wait_for(partial(self._subscribe, outcome.epoch))
             elif need is not PAUSE:
                 flight = self._begin(need)
                 if flight is not None:
                     _wait_for(flight.when_done)
                     mistake = flight.error
-            if stop() and mistake is None and not isinstance(need, Submit):
+            progress.waiting = False
+            progress.steps += 1
+            # Not while a batch is under way that was begun and is not waited for yet.
+            if progress.stop and mistake is None and not isinstance(need, Submit):
                 self._close(task)
                 return None
             step = self._step(task, mistake)
@@ -358,7 +380,7 @@ async def _once(loop: asyncio.AbstractEventLoop, subscribe: _Subscribe) -> BaseE
     news: asyncio.Future[None] = loop.create_future()
 
     def wake() -> None:
-        loop.call_soon_threadsafe(lambda: news.done() or news.set_result(None))
+        loop.call_soon_threadsafe(news.set_result, None)
 
     mistake = subscribe(wake)
     if mistake is not None:

@@ -10,13 +10,13 @@ This module must not know what is served.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import grp
 import os
 import socket
 import stat
+from pathlib import Path
 from typing import ClassVar, Final
 
 _BACKLOG: Final = 128
@@ -54,35 +54,62 @@ class Listener:
         if len(os.fsencode(path)) > _LONGEST_PATH:
             raise ListenError(f"{path}: a socket's path has at most {_LONGEST_PATH} bytes")
         try:
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(os.path.dirname(path) or ".", 0o700)
             gid = grp.getgrnam(group).gr_gid if group else -1
-            lock_fd = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except KeyError:
             raise ListenError(f"server.socket_group: there is no group {group!r}") from None
-        except OSError as error:
-            raise ListenError(f"{path}: cannot be made: {error.strerror}") from None
+        _make_directory(Path(path).parent)
+        lock_fd = _lock(path)
         try:
-            return cls(path, _bind(path, lock_fd, mode, gid), lock_fd)
+            return cls(path, _bind(path, mode, gid), lock_fd)
         except BaseException:
-            os.close(lock_fd)
+            _unlock(path, lock_fd)
             raise
 
     def close(self) -> None:
         """Remove the socket and give up the lock."""
         self.socket.close()
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(f"{self.path}.lock")
-        os.close(self._lock_fd)
+        Path(self.path).unlink(missing_ok=True)
+        _unlock(self.path, self._lock_fd)
 
 
-def _bind(path: str, lock_fd: int, mode: int, gid: int) -> socket.socket:
+def _make_directory(directory: Path) -> None:
     try:
-        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ListenError(f"{path}: another vswapd is serving it") from None
+        directory.mkdir(0o700, exist_ok=True)
+        owner, above = directory.stat().st_uid, directory.parent.stat().st_mode
+    except OSError as error:
+        raise ListenError(f"{directory}: cannot be made: {error.strerror}") from None
+    if above & stat.S_IWOTH and owner not in {0, os.geteuid()}:
+        # Where everybody can make directories somebody else can have made this one.
+        raise ListenError(f"{directory}: belongs to another user: use another place")
+
+
+def _lock(path: str) -> int:
+    """Hold the lock of a socket's path; returns its descriptor."""
+    lock = f"{path}.lock"
+    while True:
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except OSError as error:
+            raise ListenError(f"{lock}: cannot be made: {error.strerror}") from None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(lock)):
+                return fd
+        except BlockingIOError:
+            os.close(fd)
+            raise ListenError(f"{path}: another vswapd is serving it") from None
+        except FileNotFoundError:
+            pass
+        # Its holder has removed it between our two calls: what we hold locks nobody out.
+        os.close(fd)
+
+
+def _unlock(path: str, fd: int) -> None:
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    os.close(fd)
+
+
+def _bind(path: str, mode: int, gid: int) -> socket.socket:
     _clear(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -92,13 +119,17 @@ def _bind(path: str, lock_fd: int, mode: int, gid: int) -> socket.socket:
             sock.bind(path)
         finally:
             os.umask(before)
-        if gid >= 0:
-            os.chown(path, -1, gid)
-        os.chmod(path, mode)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
     except OSError as error:
         sock.close()
+        raise ListenError(f"{path}: {error.strerror}") from None
+    try:
+        if gid >= 0:
+            os.chown(path, -1, gid)
+        Path(path).chmod(mode)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        Path(path).unlink(missing_ok=True)
         raise ListenError(f"{path}: {error.strerror}") from None
     return sock
 
@@ -106,7 +137,7 @@ def _bind(path: str, lock_fd: int, mode: int, gid: int) -> socket.socket:
 def _clear(path: str) -> None:
     """Remove a socket that nobody listens on any more."""
     try:
-        status = os.lstat(path)
+        status = Path(path).lstat()
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(status.st_mode):
@@ -119,4 +150,4 @@ def _clear(path: str) -> None:
                 raise ListenError(f"{path}: {error.strerror}") from None
         else:
             raise ListenError(f"{path}: another daemon is listening there")
-    os.unlink(path)
+    Path(path).unlink()

@@ -2,18 +2,20 @@
 
 Invariants:
 - Without a service manager every call does nothing.
-- A message that cannot be delivered is dropped, as sd_notify(3) wants it: the daemon's work does
-  not depend on who listens.
+- News that cannot be delivered are dropped, as sd_notify(3) wants it: the daemon's work does not
+  depend on who listens.
+- What concerns this process alone is taken out of the environment: children do not inherit it.
 
 This module must not know what the daemon does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 from typing import Final
 
 _FIRST_FD: Final = 3
@@ -23,31 +25,26 @@ _FIRST_FD: Final = 3
 class ServiceManager:
     """Whoever started the daemon, as far as its environment tells."""
 
-    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
-        given = os.environ if environment is None else environment
-        self._address = given.get("NOTIFY_SOCKET", "")
-        if self._address.startswith("@"):
-            # An abstract address: written with @, meant with a zero byte.
-            self._address = "\0" + self._address[1:]
-        self.watchdog_s = _watchdog(given)
+    def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        address = environment.pop("NOTIFY_SOCKET", "")
+        # An abstract address is written with @ and meant with a zero byte.
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        self.watchdog_s: Final = _watchdog(environment)
         """Seconds after which the manager kills a daemon that it has not heard of; None: never."""
-        self._sockets = _inherited(given)
-
-    @property
-    def present(self) -> bool:
-        """Whether anybody listens to `tell`."""
-        return bool(self._address)
+        self._descriptors = _inherited(environment)
 
     def tell(self, **news: str) -> None:
-        """Send assignments such as READY="1", STATUS="..."."""
+        """Send assignments such as READY="1", STATUS="..."; no value may have a second line."""
         if not self._address:
             return
         text = "\n".join(f"{name}={value}" for name, value in news.items())
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            try:
-                sender.sendto(text.encode(), self._address)
-            except OSError:
-                return
+        with (
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender,
+            contextlib.suppress(OSError),
+        ):
+            # Never wait: the loop would stand still with a manager that does.
+            sender.setblocking(False)
+            sender.sendto(text.encode(), self._address)
 
     def reloading(self) -> None:
         """Tell that a reload has begun; READY="1" ends it."""
@@ -55,26 +52,39 @@ class ServiceManager:
         self.tell(RELOADING="1", MONOTONIC_USEC=str(time.monotonic_ns() // 1000))
 
     def take_sockets(self) -> list[socket.socket]:
-        """Listening sockets that were passed to this process; each is handed out once."""
-        taken, self._sockets = self._sockets, []
-        return [socket.socket(fileno=fd) for fd in taken]
+        """Listening Unix sockets that were passed to this process; each is handed out once.
+
+        Raises:
+            ValueError: something else was passed.
+        """
+        descriptors, self._descriptors = self._descriptors, []
+        taken = [socket.socket(fileno=fd) for fd in descriptors]
+        for sock in taken:
+            if not (
+                sock.family == socket.AF_UNIX
+                and sock.type == socket.SOCK_STREAM
+                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            ):
+                number = sock.fileno()
+                for each in taken:
+                    each.close()
+                raise ValueError(f"descriptor {number} is no listening Unix stream socket")
+        return taken
 
 
-def _watchdog(given: Mapping[str, str]) -> float | None:
-    pid = given.get("WATCHDOG_PID")
-    if pid is not None and pid != str(os.getpid()):
+def _watchdog(environment: MutableMapping[str, str]) -> float | None:
+    usec, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
+    if pid not in {"", str(os.getpid())} or not usec.isdecimal() or not int(usec):
         return None
-    try:
-        return int(given["WATCHDOG_USEC"]) / 1e6
-    except (KeyError, ValueError):
-        return None
+    return int(usec) / 1e6
 
 
-def _inherited(given: Mapping[str, str]) -> list[int]:
-    if given.get("LISTEN_PID") != str(os.getpid()):
+def _inherited(environment: MutableMapping[str, str]) -> list[int]:
+    pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
+    environment.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdecimal():
         return []
-    count = int(given.get("LISTEN_FDS", "0"))
-    descriptors = list(range(_FIRST_FD, _FIRST_FD + count))
+    descriptors = list(range(_FIRST_FD, _FIRST_FD + int(count)))
     for fd in descriptors:
         os.set_inheritable(fd, False)
     return descriptors

@@ -1,32 +1,44 @@
-"""Who is at the other end of a Unix socket, as the kernel knows it.
+"""Who is at the other end of a Unix socket, as the kernel says.
 
 This module must not know what a peer may do.
 """
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import struct
-from typing import Final
-
-from vswapd.session import Peer
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
 
 _UCRED: Final = struct.Struct("3i")
+"""struct ucred of unix(7): pid, uid, gid."""
 
 
-def peer_of(transport: asyncio.BaseTransport) -> Peer:
-    """Uid and pid of a transport's peer (SO_PEERCRED, unix(7)), and the name of its program."""
-    sock = transport.get_extra_info("socket")
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, _ = _UCRED.unpack(raw)
-    return Peer(uid=uid, pid=pid, name=_program(pid))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """One process. What it says of itself stands nowhere in here."""
 
+    uid: int
+    pid: int
+    """0 if it is in a process namespace that this one cannot see into."""
 
-def _program(pid: int) -> str:
-    """The name of a process, or its number where /proc does not tell."""
-    try:
-        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as comm:
-            return comm.read().strip()
-    except OSError:
-        return f"pid {pid}"
+    @classmethod
+    def of(cls, sock: socket.socket) -> Self:
+        """The process that connected (SO_PEERCRED).
+
+        Raises:
+            OSError: not a Unix socket, or not a connected one.
+        """
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        pid, uid, _ = _UCRED.unpack(raw)
+        return cls(uid=uid, pid=pid)
+
+    @property
+    def name(self) -> str:
+        """Program and process id: what it is called that does not say it itself."""
+        try:
+            program = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").strip()
+        except OSError:
+            return f"pid {self.pid}"  # hidden from us, or gone by now
+        return f"{program} {self.pid}"

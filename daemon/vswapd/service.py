@@ -4,9 +4,9 @@ This is the one module that names concrete devices, and that knows all the other
 
 Invariants:
 - READY is told once devices are in use and the socket is served.
-- The watchdog is fed only after a beat has gone through the event loop and the engine's lock, and
-  the shrinker's thread has taken a turn since the last beat or is asleep.
-- Stopping finishes what is under way, and removes what the start has made.
+- The socket comes first: a second daemon gets no further, and touches no device of the first.
+- Stopping finishes what is under way, and removes what the start has made, also when the start
+  fails half-way.
 """
 
 from __future__ import annotations
@@ -16,40 +16,46 @@ import contextlib
 import gc
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
-from vswap.protocol import HEADER_BYTES, PAGE_BYTES, SLOT_BYTES
+from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, journal, status
-from vswapd.config import Config, load
+from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Device
-from vswapd.driver import Driver
-from vswapd.errors import EngineError
+from vswapd.driver import Driver, Pending, T, Task
+from vswapd.errors import EngineError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.listener import Listener
 from vswapd.notify import ServiceManager
-from vswapd.peer import peer_of
+from vswapd.peer import Peer
 from vswapd.server import Server
-from vswapd.session import Limits, Peer, Session
+from vswapd.session import Compressor, Context, Limits, Session
 from vswapd.shrinker_thread import ShrinkerThread
-from vswapd.steering import Reloaded, Steering
+from vswapd.sizes import human_size
+from vswapd.steering import Opened, Steering
 from vswapd.vswap import Engine
-from vswapd_blockdev.device import BlockDevice
+from vswapd.watchdog import Watchdog
 from vswapd_blockdev.sealed import SealedDevice
 from vswapd_blockdev.swapfile import SwapFile
 
 _LOG: Final = logging.getLogger(__name__)
-_PATIENCE: Final = 30.0
+_PATIENCE_S: Final = 30.0
 """Seconds that requests under way are given to end when the daemon stops."""
-_SWITCH_INTERVAL: Final = 0.0005
+_SWITCH_S: Final = 0.0005
 """Seconds after which a thread must let another run: the shrinker's Python is not to hold the event
 loop up for the default of 5 ms."""
+_STATUS_S: Final = 10.0
+"""How often the line that `systemctl status` shows is made anew."""
+_OTHER_DESCRIPTORS: Final = 128
+"""What the daemon needs besides its connections, generously."""
 
 
 class ServiceError(Exception):
@@ -58,63 +64,82 @@ class ServiceError(Exception):
     exit_code: ClassVar[int] = 71
 
 
+def clock() -> float:
+    """Seconds: those of the day at the first call, and from then on without leaps.
+
+    Days of it are days of UTC, which write budgets want; a clock that somebody sets would make
+    pages idle for years, or give a day's budget twice.
+    """
+    return _CLOCK_BASE + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+_CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Service:
-    """One daemon."""
+    """One daemon, made inside a running event loop."""
 
     def __init__(self, config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
-        self.version: Final = __version__
-        self._source = source
-        self._overrides = overrides
         self._host = Host.here()
         self._manager = ServiceManager()
         self._started = time.monotonic()
         self._boot_id = secrets.token_bytes(16)
-        self._engine = Engine.create(config.settings(self._host), time.time)
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._engine = Engine.create(config.settings(self._host), clock)
         self._driver = Driver()
-        self._shrinker = ShrinkerThread(self._engine.shrinker, self._driver, time.time)
+        self._shrinker = ShrinkerThread(self._engine.shrinker, self._driver, clock)
         self._engine.on_pressure = self._shrinker.poke
+        self._metrics: Any = None
+        """The exporter, once metrics are switched on for the first time."""
         self._steering = Steering(
+            version=__version__,
             engine=self._engine,
-            driver=self._driver,
-            service=self,
+            surroundings=self,
             host=self._host,
             config=config,
+            source=source,
+            overrides=overrides,
             open_device=self._open_device,
-            clock=time.time,
         )
         self._server = self._make_server(config)
-        self._stop = asyncio.Event()
-        self._cleanup = contextlib.ExitStack()
-        self._tasks: set[asyncio.Task[None]] = set()
 
     def _make_server(self, config: Config) -> Server:
-        batch = config.server.max_batch
+        keys = config.server
         limits = Limits(
-            max_batch=batch,
-            max_frame=max(HEADER_BYTES + batch * (PAGE_BYTES + SLOT_BYTES), 1 << 16),
-            max_pipeline=config.server.max_pipeline,
+            max_batch=keys.max_batch,
+            # Text has a limit of its own, which small batches must not cut.
+            max_frame=HEADER_BYTES
+            + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
+            max_pipeline=keys.max_pipeline,
+        )
+        context = Context(
+            engine=self._engine,
+            compressor=Compressor(self._engine),
+            steering=self._steering,
+            limits=limits,
         )
 
         def new_session(peer: Peer) -> Session:
-            return Session(self._engine, self._driver, self._steering, peer, limits)
+            return Session(context, peer)
 
         return Server(
+            driver=self._driver,
             new_session=new_session,
-            peer_of=peer_of,
-            max_connections=config.server.max_connections,
+            max_connections=keys.max_connections,
             max_frame=limits.max_frame,
-            buffer_memory=int(config.server.buffer_memory),
-            request_timeout=float(config.server.request_timeout),
+            buffer_memory=int(keys.buffer_memory),
+            request_timeout=float(keys.request_timeout),
         )
 
-    def _open_device(self, entry: Device) -> BlockDevice:
-        device: BlockDevice = SwapFile.open(
+    def _open_device(self, entry: Device) -> Opened:
+        device = SwapFile.open(
             entry.path,
             size=None if entry.size is None else int(entry.size),
             boot_id=self._boot_id,
             encrypted=entry.encrypt,
         )
-        return SealedDevice(device) if entry.encrypt else device
+        return Opened(SealedDevice(device) if entry.encrypt else device, device.discards)
 
     # Running
 
@@ -124,162 +149,203 @@ class Service:
         Raises:
             ListenError, ServiceError, OutOfServiceError, ConfigError: it could not start.
         """
-        with self._cleanup:
-            await self._start()
-            await self._stop.wait()
-            await self._end()
-
-    async def _start(self) -> None:
-        sys.setswitchinterval(_SWITCH_INTERVAL)
-        if self._steering.config.pool.lock_memory:
-            self._lock_memory()
-        # The socket first: a second daemon must not get as far as the devices of the first.
-        listeners = self._listeners()
-        for entry in self._steering.config.devices:
-            await self._steering.swapon(entry)
-        self._start_metrics()
-        self._shrinker.start()
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
-        loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-        for listener in listeners:
-            await self._server.listen(listener)
+            self._loop.add_signal_handler(number, self._stopping.set)
+        async with contextlib.AsyncExitStack() as made:
+            where = await self._start(made)
+            if self._stopping.is_set():
+                return
+            self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            self._manager.tell(READY="1", STATUS=self._headline())
+            _LOG.info("vswapd %s serves %s", __version__, where)
+            await self._stopping.wait()
+            self._loop.remove_signal_handler(signal.SIGHUP)
+            _LOG.info("stopping: requests under way are finished first")
+            self._manager.tell(STOPPING="1", STATUS="Stopping")
+        _LOG.info("stopped")
+
+    async def _start(self, made: contextlib.AsyncExitStack) -> str:
+        """Make everything, and leave in `made` how it is unmade; returns where it listens."""
+        sys.setswitchinterval(_SWITCH_S)
+        config = self._steering.config
+        _raise_descriptors(config.server.max_connections)
+        where, listeners = self._listeners(config, made)
+        if config.pool.lock_memory:
+            self._lock_memory()
+        made.callback(self._driver.close)
+        made.callback(self._close_devices)
+        self._shrinker.start()
+        made.push_async_callback(asyncio.to_thread, self._shrinker.stop)
+        for entry in config.devices:
+            opened = await self._drive(self._steering.swapon(entry))
+            size = human_size(opened["size_bytes"])
+            _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
+        made.push_async_callback(asyncio.to_thread, self._close_metrics)
+        await asyncio.to_thread(self.configure, config)
         # What has been made so far stays: no collection need look at it again.
         gc.collect()
         gc.freeze()
+        made.push_async_callback(self._server.stop, _PATIENCE_S)
+        for listener in listeners:
+            self._server.listen(listener)
+        self._every(made, self._tell_status)
         if self._manager.watchdog_s is not None:
-            self._spawn(self._feed_watchdog(self._manager.watchdog_s))
-        self._manager.tell(READY="1", STATUS=self._headline())
-        _LOG.info("vswapd %s serves %s", self.version, self._where)
+            watchdog = Watchdog(
+                self._driver, self._shrinker, lambda: self._manager.tell(WATCHDOG="1")
+            )
+            self._every(made, lambda: watchdog.run(self._manager.watchdog_s or 0.0))
+        return where
+
+    def _every(self, made: contextlib.AsyncExitStack, work: Callable[[], Any]) -> None:
+        """Have something run beside all else until the end."""
+        task = self._loop.create_task(work())
+
+        async def end() -> None:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        made.push_async_callback(end)
 
     def _lock_memory(self) -> None:
         try:
             self._engine.lock_memory()
         except OSError as error:
+            soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             raise ServiceError(
-                f"pool.lock_memory: {error.strerror or error}: raise RLIMIT_MEMLOCK "
-                "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory=false"
+                f"pool.lock_memory: {error.strerror or error}; RLIMIT_MEMLOCK is "
+                f"{'unlimited' if soft == resource.RLIM_INFINITY else human_size(soft)}: raise it "
+                "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory to false"
             ) from None
 
-    def _listeners(self) -> list[socket.socket]:
-        passed = self._manager.take_sockets()
+    def _listeners(
+        self, config: Config, made: contextlib.AsyncExitStack
+    ) -> tuple[str, list[socket.socket]]:
+        try:
+            passed = self._manager.take_sockets()
+        except ValueError as error:
+            raise ServiceError(f"LISTEN_FDS: {error}") from None
         if passed:
-            self._where = "the socket that it was handed"
-            return passed
-        server = self._steering.config.server
-        path = self._steering.config.socket_path(self._host)
-        listener = Listener.open(path, mode=int(server.socket_mode), group=server.socket_group)
-        self._cleanup.callback(listener.close)
-        self._where = path
-        return [listener.socket]
+            # They are the service manager's: it keeps listening when we are gone.
+            return ", ".join(str(sock.getsockname()) for sock in passed), passed
+        listener = Listener.open(
+            config.socket_path(self._host),
+            mode=int(config.server.socket_mode),
+            group=config.server.socket_group,
+        )
+        made.callback(listener.close)
+        return listener.path, [listener.socket]
 
-    def _start_metrics(self) -> None:
-        metrics = self._steering.config.metrics
-        if metrics.listen:
-            from vswapd.metrics import start
+    def _close_devices(self) -> None:
+        for opened in self._steering.devices.values():
+            opened.device.close()
 
-            self._cleanup.callback(start(metrics.listen, self._steering.status).close)
-        if metrics.textfile:
-            from vswapd.metrics import TextfileWriter
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
 
-            writer = TextfileWriter(Path(metrics.textfile), self._steering.status)
-            self._cleanup.callback(writer.close)
+    async def _drive(self, task: Task[T]) -> T:
+        outcome = self._driver.start(task)
+        return await self._driver.finish(outcome) if isinstance(outcome, Pending) else outcome
 
-    async def _end(self) -> None:
-        _LOG.info("stopping: requests under way are finished first")
-        self._manager.tell(STOPPING="1", STATUS="Stopping")
-        await self._server.stop(_PATIENCE)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.to_thread(self._shrinker.stop)
-        self._driver.close()
-        for device in self._steering.devices.values():
-            device.close()
-        _LOG.info("stopped")
+    # What the service manager shows
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    # The service manager
-
-    async def _feed_watchdog(self, period: float) -> None:
-        turns = -1
+    async def _tell_status(self) -> None:
+        told = ""
         while True:
-            # Through the loop, and through the lock that every request takes.
-            with self._driver.lock:
-                headline = self._headline()
-            if self._shrinker.asleep or self._shrinker.turns != turns:
-                turns = self._shrinker.turns
-                self._manager.tell(WATCHDOG="1", STATUS=headline)
-            await asyncio.sleep(period / 4)
+            line = self._headline()
+            if line != told:
+                told = line
+                self._manager.tell(STATUS=line)
+            await asyncio.sleep(_STATUS_S)
 
     def _headline(self) -> str:
-        snapshot = self._engine.snapshot()
+        with self._driver.lock:
+            snapshot = self._engine.snapshot()
         return (
-            f"{snapshot.slots.allocated} pages of {len(self._server.connections)} clients, "
-            f"{snapshot.saved_bytes >> 20} MiB saved"
+            f"{snapshot.slots.allocated:,} pages of {self._server.clients} clients, "
+            f"{human_size(snapshot.saved_bytes)} saved"
         )
 
     # What steering asks
 
-    def facts(self) -> status.Facts:
-        """See steering.Service."""
+    def facts(self, config: Config) -> status.Facts:
+        """See steering.Surroundings."""
         return status.Facts(
-            version=self.version,
-            state="stopping" if self._server.stopping else "running",
+            version=__version__,
+            state="stopping" if self._stopping.is_set() else "running",
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started,
-            clients=len(self._server.connections),
+            clients=self._server.clients,
             shrinker_errors=self._shrinker.errors,
-            settings=self._steering.config.flat(),
+            settings=config.flat(),
         )
 
     def configure(self, config: Config) -> None:
-        """See steering.Service."""
-        settings = config.settings(self._host)
-        with self._driver.lock:
-            self._engine.apply(settings)
-        journal.set_up(config.log.level)
-        self._steering.config = config
-        self._shrinker.poke()
+        """See steering.Surroundings."""
+        keys = config.metrics
+        if self._metrics is None and (keys.listen or keys.textfile):
+            # Only now: it brings a library of 3 MB.
+            from vswapd.metrics import Exporter
 
-    async def reload(self) -> Reloaded:
-        """See steering.Service."""
-        old = self._steering.config
-        new = await asyncio.to_thread(load, self._source, self._overrides)
-        config = old.reloaded(new)
-        self.configure(config)
-        before, after = old.flat(), config.flat()
-        changed = tuple(
-            sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-        )
-        return Reloaded(changed=changed, ignored=old.fixed_changes(new))
+            self._metrics = Exporter(self._document)
+        if self._metrics is not None:
+            self._metrics.apply(keys.listen, keys.textfile)
+        journal.set_up(config.log.level)
+
+    def _document(self) -> dict[str, Any]:
+        """The status document, for threads."""
+        document = self._driver.run(self._steering.status())
+        assert document is not None
+        return document
+
+    # SIGHUP
 
     def _hang_up(self) -> None:
-        self._spawn(self._reload_and_tell())
+        self._server.spawn(self._reload())
 
-    async def _reload_and_tell(self) -> None:
+    async def _reload(self) -> None:
         self._manager.reloading()
         try:
-            done = await self.reload()
-        except Exception as error:
-            expected = isinstance(error, EngineError) or hasattr(error, "exit_code")
-            _LOG.error("reload: %s; nothing was changed", error, exc_info=not expected)
+            done = await self._drive(self._steering.reload())
+        except (ConfigError, EngineError) as error:
+            _LOG.error("reload: nothing was changed: %s", error)
         else:
             _LOG.info("reload: changed %s", ", ".join(done.changed) or "nothing")
             if done.ignored:
                 _LOG.warning("reload: needs a restart to take effect: %s", ", ".join(done.ignored))
-        self._manager.tell(READY="1", STATUS=self._headline())
+        finally:
+            self._manager.tell(READY="1", STATUS=self._headline())
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Allow as many descriptors as the connections need, or say that they cannot be had."""
+    wanted = connections + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        if soft < wanted:
+            _LOG.warning(
+                "server.max_connections = %d needs more descriptors than the %d of RLIMIT_NOFILE",
+                connections,
+                soft,
+            )
 
 
 def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
-    """Run a daemon until it is told to stop."""
+    """Run a daemon until it is told to stop.
+
+    Raises:
+        ListenError, ServiceError, ConfigError: it could not start; the text says why.
+    """
 
     async def main() -> None:
         await Service(config, source, overrides).run()
 
-    asyncio.run(main())
+    try:
+        asyncio.run(main())
+    except OutOfServiceError as error:
+        raise ServiceError(str(error)) from None

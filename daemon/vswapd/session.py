@@ -1,11 +1,14 @@
-"""One connection's conversation: requests in, replies out. No sockets.
+"""One connection's conversation: requests in, replies out. No sockets, no event loop.
+
+A request is judged by its header first (`admit`): what is wrong already is not received. Then it is
+carried out (`execute`), as a task that whoever owns the connection gives to the driver.
 
 Invariants:
-- The first request is HELLO, and only that one is.
-- Whatever a request holds, it gets exactly one reply, and a wrong one changes nothing.
-- The pages of a request are looked at before `handle` returns: its buffer may be reused then.
+- The first request that is carried out is HELLO, and only that one is.
+- Each request gets exactly one reply; one that is refused has changed nothing.
+- What is wrong with a request is a reply with one status; only our own mistakes are logged.
 
-This module must not know transports, how replies are sent, or what steering verbs do.
+This module must not know transports, how replies are sent, or what the verbs of CONTROL do.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, TypeVar
+from time import perf_counter
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, Protocol
 
 import numpy as np
 
@@ -32,285 +37,287 @@ from vswap.protocol import (
     pack_header,
     request_body_bytes,
 )
-from vswapd.driver import Driver, Pending
+from vswapd.driver import Compute, Task
 from vswapd.errors import ArgumentError, EngineError
 from vswapd.groups import Space
-from vswapd.vswap import Engine, Stored
-from vswapd_backends.base import U64, Operation
-
-T = TypeVar("T")
+from vswapd.peer import Peer
+from vswapd.vswap import Engine, Folio
+from vswapd_backends.base import U64
 
 _LOG: Final = logging.getLogger(__name__)
-_KNOWN_FLAGS: Final = {Op.STORE: Flag.SLOTS, Op.HELLO: Flag.CONTROL}
 _LONGEST_NAME: Final = 64
+_SLOTS: Final = np.dtype("<u8")
+
+_SLOW_S: Final = 0.008
+"""A folio that takes longer to compress is compressed in a worker: all connections would wait. A
+worker costs 50 us and takes turns with the loop for the interpreter, so that short ones lose."""
+_UNKNOWN_S: Final = 0.001
+"""What a page is thought to cost before the codec was measured."""
 
 
-_OPS: Final = {int(op): op for op in Op}
+@dataclass(slots=True)
+class Reply:
+    """One frame, in parts that are sent one after the other."""
+
+    parts: list[bytes | memoryview]
+    size: int
+    """Bytes of all parts."""
+    closes: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end, as the kernel says (SO_PEERCRED)."""
-
-    uid: int
-    pid: int
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What a connection may ask for."""
+    """What a connection may ask for, as HELLO tells it."""
 
     max_batch: int
     max_frame: int
     max_pipeline: int
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One frame, in parts that are sent one after the other."""
-
-    parts: list[bytes | memoryview]
-    closes: bool = False
-
-    @property
-    def size(self) -> int:
-        """Bytes of the frame."""
-        return sum(map(len, self.parts))
-
-
-_Handler = Callable[[Header, memoryview], Reply | Awaitable[Reply]]
-
-
 class Steering(Protocol):
-    """What a session needs of the rest of the service."""
+    """What a session needs of the rest of the daemon."""
 
     @property
     def version(self) -> str:
         """The daemon's version."""
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Task[dict[str, Any]]:
         """The status document."""
 
     def may_steer(self, uid: int) -> bool:
         """Whether a peer may change things."""
 
-    async def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
+    def carry_out(self, request: dict[str, Any]) -> Task[dict[str, Any]]:
         """Do what a CONTROL request asks for; raises EngineError if that fails."""
 
 
-class Session:
-    """See the module. `close` must be awaited once nothing is under way."""
+class Compressor:
+    """Splits and compresses folios outside the lock, and in a worker where that takes long."""
 
-    def __init__(
-        self, engine: Engine, driver: Driver, steering: Steering, peer: Peer, limits: Limits
-    ) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._driver = driver
-        self._steering = steering
-        self._peer = peer
-        self._limits = limits
+        self._page_s: dict[str, float] = {}
+        """Seconds per page, by codec: a running mean."""
+
+    def prepare(self, pages: memoryview) -> Task[Folio]:
+        """See Engine.prepare; `pages` must stay as they are until the task goes on."""
+        codec = self._engine.core.settings.codec
+        count = len(pages) // PAGE_BYTES
+        known = self._page_s.get(codec, _UNKNOWN_S)
+
+        def compress() -> Folio:
+            begun = perf_counter()
+            folio = self._engine.prepare(pages)
+            cost = (perf_counter() - begun) / count
+            self._page_s[codec] = cost + 0.9 * (self._page_s.get(codec, cost) - cost)
+            return folio
+
+        work = Compute(compress, count * known > _SLOW_S)
+        yield work
+        return work.result()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What all sessions share."""
+
+    engine: Engine
+    compressor: Compressor
+    steering: Steering
+    limits: Limits
+
+
+Handler = Callable[["Session", Header, memoryview], Task[Reply]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How one operation is judged and carried out."""
+
+    op: Op
+    handler: Handler
+    flags: int = 0
+    """Those that may be set."""
+    pages: bool = False
+    """Needs a space, and a count of 1 to max_batch."""
+
+
+class Session:
+    """See the module. `close` must be driven to its end once nothing is under way."""
+
+    __slots__ = ("_context", "_greeted", "peer", "space")
+
+    def __init__(self, context: Context, peer: Peer) -> None:
+        self._context = context
         self._greeted = False
+        self.peer = peer
         self.space: Space | None = None
-        self._handlers: Final[Mapping[Op, _Handler]] = {
-            Op.STORE: self._store,
-            Op.LOAD: self._load,
-            Op.FREE: self._free,
-            Op.PING: self._ping,
-            Op.HELLO: self._hello,
-            Op.STATUS: self._status,
-            Op.CONTROL: self._control,
-        }
 
     # Requests
 
-    def handle(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
-        """Answer one request; an awaitable if the answer needs a device, or time."""
-        try:
-            return self._handle(header, body)
-        except EngineError as error:
-            return failure(header, error.status, str(error), error.slots)
-        except Exception:
-            return self._mistake(header)
-
-    def _mistake(self, header: Header) -> Reply:
-        _LOG.exception("a request of %s failed by a mistake of ours", self._peer.name)
-        return failure(header, Status.INTERNAL, "a mistake in the daemon; its journal has more")
-
-    def _handle(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
-        op = _OPS.get(header.op)
-        if op is None:
-            return failure(header, Status.UNKNOWN_OP, f"there is no operation {header.op}")
-        wrong = self._check(op, header)
-        if wrong is not None:
-            return wrong
-        return self._handlers[op](header, body)
-
-    def _check(self, op: Op, header: Header) -> Reply | None:
-        """What is wrong with a request before its body is looked at."""
-        if self._greeted == (op is Op.HELLO):
-            text = "HELLO comes first, and once" if self._greeted else "say HELLO first"
+    def admit(self, header: Header) -> Reply | None:
+        """What is wrong with a request as far as its header tells; None: receive its body."""
+        rule = self.rules.get(header.op)
+        if self._greeted == (header.op == Op.HELLO):
+            text = "HELLO comes once" if self._greeted else "the first request must be HELLO"
             return failure(header, Status.HELLO_FIRST, text)
-        if header.status or header.flags & ~_KNOWN_FLAGS.get(op, Flag.NONE):
-            return failure(header, Status.BAD_ARGUMENT, "status or flags that mean nothing here")
-        if op in {Op.STORE, Op.LOAD, Op.FREE}:
+        if rule is None:
+            return failure(header, Status.UNKNOWN_OP, f"there is no operation {header.op}")
+        if header.status or header.flags & ~int(rule.flags):
+            text = f"flags {header.flags:#x}, status {header.status:#x}: not known in a request"
+            return failure(header, Status.BAD_ARGUMENT, text)
+        if rule.pages:
             if self.space is None:
-                return failure(header, Status.NO_SPACE, "this connection was opened for control")
-            if not 1 <= header.count <= self._limits.max_batch:
-                return failure(
-                    header,
-                    Status.BATCH_TOO_LARGE,
-                    f"{header.count} pages in one request; 1 to {self._limits.max_batch} may be",
-                )
-        expected = request_body_bytes(op, header.count, header.flags)
+                text = "this connection was opened for control: it has no space"
+                return failure(header, Status.NO_SPACE, text)
+            if not 1 <= header.count <= self._context.limits.max_batch:
+                text = f"{header.count} pages in one request: 1 to {self._context.limits.max_batch}"
+                return failure(header, Status.BATCH_TOO_LARGE, text)
+        expected = request_body_bytes(rule.op, header.count, header.flags)
         if expected is not None and expected != header.body_bytes:
-            return failure(
-                header,
-                Status.BAD_LENGTH,
-                f"a body of {header.body_bytes} bytes; count {header.count} means {expected}",
+            text = (
+                f"a body of {header.body_bytes} bytes where count {header.count} means {expected}"
             )
+            return failure(header, Status.BAD_LENGTH, text)
+        if rule.op is Op.CONTROL and not self._context.steering.may_steer(self.peer.uid):
+            text = "steering is for root and for the user that the daemon runs as"
+            return failure(header, Status.NOT_ALLOWED, text)
         return None
 
-    def _hello(self, header: Header, body: memoryview) -> Reply:
-        asked = _object(body)
-        name = str(asked.get("client", "") or self._peer.name)[:_LONGEST_NAME]
-        token = None
+    def execute(self, header: Header, body: memoryview) -> Task[Reply]:
+        """Carry out a request that was admitted; `body` must stay as it is until the end."""
+        try:
+            return (yield from self.rules[header.op].handler(self, header, body))
+        except EngineError as error:
+            return failure(header, error.status, str(error), error.slots)
+        except Exception:  # noqa: BLE001 - a border: one connection ends, and it is logged
+            _LOG.exception("a request of %s failed by a mistake of ours", self.peer.name)
+            text = "a mistake in the daemon: its journal has more"
+            return failure(header, Status.INTERNAL, text)
+
+    def close(self) -> Task[None]:
+        """Free everything that the connection's space holds."""
+        space, self.space = self.space, None
+        if space is not None:
+            yield from self._context.engine.close_space(space)
+
+    # Handlers, one per operation
+
+    def _hello(self, header: Header, body: memoryview) -> Task[Reply]:
+        name = _name(_object(body).get("client")) or self.peer.name
+        limits, token = self._context.limits, None
         if not header.flags & Flag.CONTROL:
             token = secrets.token_hex(16)
-            with self._driver.lock:
-                self.space = self._engine.open_space(
-                    uid=self._peer.uid,
-                    group=str(self._peer.uid),
-                    client=name,
-                    pid=self._peer.pid,
-                )
+            self.space = self._context.engine.open_space(
+                uid=self.peer.uid, group=str(self.peer.uid), client=name, pid=self.peer.pid
+            )
         self._greeted = True
         answer = {
             "version": VERSION,
             "page_bytes": PAGE_BYTES,
-            "max_batch": self._limits.max_batch,
-            "max_frame_bytes": self._limits.max_frame,
-            "max_pipeline": self._limits.max_pipeline,
+            "max_batch": limits.max_batch,
+            "max_frame_bytes": limits.max_frame,
+            "max_pipeline": limits.max_pipeline,
             "shards": 1,
             "shard": 0,
             "space": None if self.space is None else str(self.space.id),
             "token": token,
-            "daemon": f"vswapd {self._steering.version}",
+            "daemon": f"vswapd {self._context.steering.version}",
         }
         return success(header, json.dumps(answer).encode())
+        yield
 
-    def _ping(self, header: Header, body: memoryview) -> Reply:
-        del body
+    def _ping(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
         return success(header)
+        yield
 
-    def _status(self, header: Header, body: memoryview) -> Reply:
-        del body
-        return success(header, json.dumps(self._steering.status()).encode())
-
-    def _store(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
+    def _store(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
         slots: U64 | None = None
         if header.flags & Flag.SLOTS:
-            # A copy: the operation may outlive the buffer.
-            slots = np.array(np.frombuffer(body[: header.count * SLOT_BYTES], np.uint64))
-            body = body[header.count * SLOT_BYTES :]
-        folio = self._engine.prepare(body)
-        return self._drive(header, self._engine.store(self.space, folio, slots), _stored)
+            end = header.count * SLOT_BYTES
+            slots = np.frombuffer(body[:end], _SLOTS)
+            body = body[end:]
+        folio = yield from self._context.compressor.prepare(body)
+        stored = yield from self._context.engine.store(self.space, folio, slots)
+        packed = stored.slots.tobytes()
+        head = pack_header(
+            Op.STORE,
+            len(packed),
+            status=Status.OK if stored.reason is None else Status.REJECTED,
+            count=len(stored.slots),
+            flags=0 if stored.reason is None else stored.reason,
+            request_id=header.request_id,
+        )
+        return Reply([head + packed], len(head) + len(packed))
 
-    def _load(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
+    def _load(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
-        slots = np.array(np.frombuffer(body, np.uint64))
-        return self._drive(header, self._engine.load(self.space, slots), _loaded)
+        slots = np.frombuffer(body, _SLOTS)
+        pages = yield from self._context.engine.load(self.space, slots)
+        size = len(pages) * PAGE_BYTES
+        head = pack_header(Op.LOAD, size, count=len(pages), request_id=header.request_id)
+        return Reply([head, *pages], len(head) + size)
 
-    def _free(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
+    def _free(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
-        slots = np.array(np.frombuffer(body, np.uint64))
-        return self._drive(header, self._engine.free(self.space, slots), _freed)
+        yield from self._context.engine.free(self.space, np.frombuffer(body, _SLOTS))
+        return success(header, count=header.count)
 
-    def _control(self, header: Header, body: memoryview) -> Reply | Awaitable[Reply]:
-        if not self._steering.may_steer(self._peer.uid):
-            return failure(
-                header, Status.NOT_ALLOWED, "steering is for root and the daemon's own user"
+    def _status(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
+        document = yield from self._context.steering.status()
+        return (yield from _answer(header, document))
+
+    def _control(self, header: Header, body: memoryview) -> Task[Reply]:
+        answer = yield from self._context.steering.carry_out(_object(body))
+        return (yield from _answer(header, answer))
+
+    rules: ClassVar[Mapping[int, Rule]] = MappingProxyType(
+        {
+            int(rule.op): rule
+            for rule in (
+                Rule(Op.HELLO, _hello, flags=Flag.CONTROL),
+                Rule(Op.PING, _ping),
+                Rule(Op.STORE, _store, flags=Flag.SLOTS, pages=True),
+                Rule(Op.LOAD, _load, pages=True),
+                Rule(Op.FREE, _free, pages=True),
+                Rule(Op.STATUS, _status),
+                Rule(Op.CONTROL, _control),
             )
-        return self._steer(header, _object(body))
+        }
+    )
 
-    async def _steer(self, header: Header, request: dict[str, Any]) -> Reply:
-        try:
-            return success(header, json.dumps(await self._steering.carry_out(request)).encode())
-        except EngineError as error:
-            return failure(header, error.status, str(error))
-        except Exception:
-            return self._mistake(header)
 
-    def _drive(
-        self, header: Header, operation: Operation[T], answer: Callable[[Header, T], Reply]
-    ) -> Reply | Awaitable[Reply]:
-        """Run an operation; on the spot if it needs nothing, as most do."""
-        result = self._driver.start(operation)
-        if isinstance(result, Pending):
-            return self._finish(header, result, answer)
-        return answer(header, result)
-
-    async def _finish(
-        self, header: Header, pending: Pending[T], answer: Callable[[Header, T], Reply]
-    ) -> Reply:
-        try:
-            return answer(header, await self._driver.finish(pending))
-        except EngineError as error:
-            return failure(header, error.status, str(error), error.slots)
-        except Exception:
-            return self._mistake(header)
-
-    # The end
-
-    async def close(self) -> None:
-        """Free everything that the connection's space holds."""
-        space, self.space = self.space, None
-        if space is None:
-            return
-        result = self._driver.start(self._engine.close_space(space))
-        if isinstance(result, Pending):
-            await self._driver.finish(result)
+def reply_bytes(header: Header) -> int:
+    """Memory that the reply will take, as far as it is worth accounting."""
+    return header.count * PAGE_BYTES if header.op == Op.LOAD else 0
 
 
 def success(header: Header, body: bytes = b"", *, count: int = 0) -> Reply:
     """A reply of status OK."""
     head = pack_header(header.op, len(body), count=count, request_id=header.request_id)
-    return Reply([head, body] if body else [head])
+    return Reply([head + body], len(head) + len(body))
 
 
 def failure(header: Header, status: Status, text: str, slots: U64 | None = None) -> Reply:
     """An error reply, with the slots that it is about where its status lists them."""
-    listed = slots if slots is not None and status in LISTS_SLOTS else np.empty(0, np.uint64)
-    body = error_body(text, listed.tobytes())
+    listed = b"" if slots is None or status not in LISTS_SLOTS else slots.tobytes()
+    body = error_body(text, listed)
     head = pack_header(
-        header.op, len(body), status=status, count=len(listed), request_id=header.request_id
-    )
-    return Reply([head, body], closes=status.closes)
-
-
-def _stored(header: Header, stored: Stored) -> Reply:
-    body = stored.slots.tobytes()
-    head = pack_header(
-        Op.STORE,
+        header.op,
         len(body),
-        status=Status.OK if stored.reason is None else Status.REJECTED,
-        count=len(stored.slots),
-        flags=0 if stored.reason is None else stored.reason,
+        status=status,
+        count=len(listed) // SLOT_BYTES,
         request_id=header.request_id,
     )
-    return Reply([head, body])
+    return Reply([head + body], len(head) + len(body), closes=status.closes)
 
 
-def _loaded(header: Header, pages: list[bytes | memoryview]) -> Reply:
-    head = pack_header(
-        Op.LOAD, len(pages) * PAGE_BYTES, count=len(pages), request_id=header.request_id
-    )
-    return Reply([head, *pages])
-
-
-def _freed(header: Header, _: None) -> Reply:
-    return success(header, count=header.count)
+def _answer(header: Header, document: dict[str, Any]) -> Task[Reply]:
+    """A reply of JSON, made outside the lock."""
+    work = Compute(lambda: success(header, json.dumps(document).encode()))
+    yield work
+    return work.result()
 
 
 def _object(body: memoryview) -> dict[str, Any]:
@@ -323,8 +330,17 @@ def _object(body: memoryview) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(bytes(body))
-    except ValueError as error:
+        # Half of a surrogate pair can be written in JSON, and nowhere else: no path, no reply.
+        json.dumps(found, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise ArgumentError(f"the body is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise ArgumentError("the body is no JSON object")
     return found
+
+
+def _name(said: object) -> str:
+    """What a client calls itself, on one line and not too long; "" if that is nothing."""
+    if not isinstance(said, str):
+        return ""
+    return "".join(c if c.isprintable() else " " for c in said[:_LONGEST_NAME]).strip()

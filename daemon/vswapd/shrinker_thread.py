@@ -1,10 +1,10 @@
 """The shrinker's thread: sleeps until there is something to do, does it, and sleeps again.
 
 Invariants:
-- It sleeps on an event while `count` is 0, until it is poked or the shrinker's own next wake-up:
+- While `count` is 0 it sleeps, until it is poked or until the shrinker's own next wake-up: there is
   no polling.
-- An error in a scan is logged and counted, and the thread goes on after a pause that doubles; it is
-  never swallowed and never ends the thread.
+- A failed scan is logged and counted, and the thread goes on after a pause that doubles; nothing
+  ends the thread but `stop`.
 
 This module must not know what a scan does.
 """
@@ -16,12 +16,15 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from vswapd.driver import Driver
+from vswapd.driver import Driver, Progress
 from vswapd.shrinker import Shrinker
 
 _LOG: Final = logging.getLogger(__name__)
-_FIRST_PAUSE: Final = 1.0
-_LONGEST_PAUSE: Final = 60.0
+_FIRST_PAUSE_S: Final = 1.0
+_LONGEST_PAUSE_S: Final = 64.0
+_SCAN_BYTES: Final = 32 << 20
+"""Most that one scan is asked for: count, and with it the reason that the status shows, is made
+anew after it."""
 
 
 class ShrinkerThread:
@@ -31,14 +34,12 @@ class ShrinkerThread:
         self._shrinker = shrinker
         self._driver = driver
         self._clock = clock
-        self._event = threading.Event()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="vswapd-shrink", daemon=True)
+        self._news = threading.Event()
+        self._progress = Progress()
+        self._asleep = True
+        self._thread = threading.Thread(target=self._run, name="vswapd-shrinker")
         self.errors = 0
-        """Scans that ended with an error of ours."""
-        self.turns = 0
-        """Counts and scans so far: what the watchdog looks at."""
-        self.asleep = True
+        """Scans that ended with a mistake of ours."""
 
     def start(self) -> None:
         """Start the thread."""
@@ -46,43 +47,54 @@ class ShrinkerThread:
 
     def poke(self) -> None:
         """There may be something to do."""
-        if not self._event.is_set():
-            self._event.set()
+        if not self._news.is_set():
+            self._news.set()
 
     def stop(self) -> None:
-        """End the thread after the scan it is in."""
-        self._stopping = True
-        self._event.set()
-        self._thread.join()
+        """End the thread after the step it is in; blocks until then."""
+        self._progress.stop = True
+        self._news.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def steps(self) -> int | None:
+        """A number that grows while it works; None while it does not have to.
+
+        It does not have to grow while the thread sleeps, or waits for a device: a disk that hangs
+        is no reason to have the daemon killed, which would lose the pages in RAM as well.
+
+        Raises:
+            RuntimeError: the thread has ended, and should not have.
+        """
+        if not self._thread.is_alive():
+            raise RuntimeError("the shrinker's thread has ended")
+        return None if self._asleep or self._progress.waiting else self._progress.steps
 
     def _run(self) -> None:
-        pause = _FIRST_PAUSE
-        while not self._stopping:
-            self._event.clear()
+        pause = _FIRST_PAUSE_S
+        while not self._progress.stop:
+            self._news.clear()
             try:
-                self._work()
-                pause = _FIRST_PAUSE
-            except Exception:
+                sleep = self._work()
+                pause = _FIRST_PAUSE_S
+            except Exception:  # noqa: BLE001 - the thread must go on, and it is told
                 self.errors += 1
-                _LOG.exception("the shrinker failed; it pauses for %.0f s", pause)
-                self._sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE)
+                _LOG.exception("the shrinker failed by a mistake of ours; it pauses %g s", pause)
+                sleep = pause
+                pause = min(2 * pause, _LONGEST_PAUSE_S)
+            if not self._progress.stop:
+                self._asleep = True
+                self._news.wait(sleep)
+                self._asleep = False
 
-    def _work(self) -> None:
-        """Scan until nothing is left to do, then sleep."""
-        while not self._stopping:
-            self.turns += 1
+    def _work(self) -> float | None:
+        """Scan until nothing is left to do; returns how long to sleep then, None: until poked."""
+        while not self._progress.stop:
+            self._progress.steps += 1
             with self._driver.lock:
                 count = self._shrinker.count()
-                wakeup = self._shrinker.next_wakeup() if not count else None
+                wakeup = None if count else self._shrinker.next_wakeup()
             if not count:
-                self._sleep(None if wakeup is None else max(0.0, wakeup - self._clock()))
-                return
-            self._driver.run(self._shrinker.scan(count))
-
-    def _sleep(self, seconds: float | None) -> None:
-        if self._stopping:
-            return
-        self.asleep = True
-        self._event.wait(seconds)
-        self.asleep = False
+                return None if wakeup is None else max(0.0, wakeup - self._clock())
+            self._driver.run(self._shrinker.scan(min(count, _SCAN_BYTES)), self._progress)
+        return None

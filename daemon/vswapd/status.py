@@ -30,8 +30,14 @@ class Facts:
     settings: Mapping[str, str]
 
 
-def document(snapshot: Snapshot, facts: Facts) -> dict[str, Any]:
-    """The status as JSON values."""
+def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> dict[str, Any]:
+    """The status as JSON values.
+
+    Args:
+        snapshot: the engine at one moment.
+        facts: of the service.
+        discards: by the path of a device, whether what is discarded gives its space back.
+    """
     pool = snapshot.pool
     slots = snapshot.slots
     settings = snapshot.settings
@@ -63,7 +69,10 @@ def document(snapshot: Snapshot, facts: Facts) -> dict[str, Any]:
             "max_slots": settings.max_slots,
             "clusters": snapshot.clusters,
         },
-        "devices": [dataclasses.asdict(device) for device in snapshot.devices],
+        "devices": [
+            dataclasses.asdict(device) | {"discard": discards.get(device.path, False)}
+            for device in snapshot.devices
+        ],
         "shrinker": {**dataclasses.asdict(snapshot.shrinker), "errors": facts.shrinker_errors},
         "traffic": stats,
         "rejects": rejects,

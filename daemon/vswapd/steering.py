@@ -1,61 +1,70 @@
-"""The verbs of vswapctl, on the daemon's side: checked arguments, engine calls, answers.
+"""The verbs of CONTROL: checked arguments, engine calls, answers. Tasks, as sessions want them.
 
 Invariants:
 - A verb that fails has changed nothing, or says what it has changed.
-- Opening, draining and closing a device never blocks the event loop.
+- Opening and closing devices, reading files and looking up users are done in workers.
+- Configurations change one after the other: what is set while a file is read is not lost.
 
 This module must not know the wire, or concrete devices: it is given a way to open one.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswapd import status
-from vswapd.config import Config, ConfigError, reloadable
+from vswapd.config import Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
-from vswapd.driver import Driver, Pending, T
+from vswapd.driver import Compute, T, Task
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.sizes import UnitError, parse_size
-from vswapd.snapshot import Snapshot
 from vswapd.vswap import Engine
-from vswapd_backends.base import Operation
+from vswapd_backends.base import WAIT
 from vswapd_blockdev.device import BlockDevice, OpenError
 
 _LOG: Final = logging.getLogger(__name__)
-OpenDevice = Callable[[Device], BlockDevice]
+_MOST_PRIORITY: Final = 32767
+"""As swapon(8) has it."""
+_MOST_TEXT: Final = 4096
+"""PATH_MAX; no argument of any verb is longer."""
+
+
+class Opened(NamedTuple):
+    """A device, and what nobody but its maker knows of it."""
+
+    device: BlockDevice
+    discards: bool
+    """Whether discarded extents give their space back."""
+
+
+OpenDevice = Callable[[Device], Opened]
 """Opens what a configuration entry describes; raises OpenError."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """What a reload changed, and what it could not."""
+class Reloaded(NamedTuple):
+    """What a reload changed, and what it could not before a restart; dotted keys, sorted."""
 
     changed: tuple[str, ...]
     ignored: tuple[str, ...]
 
 
-class Service(Protocol):
+class Surroundings(Protocol):
     """What the verbs need of the rest of the service."""
 
-    @property
-    def version(self) -> str:
-        """The daemon's version."""
-
-    def facts(self) -> status.Facts:
+    def facts(self, config: Config) -> status.Facts:
         """What the engine does not know."""
 
     def configure(self, config: Config) -> None:
-        """Put another configuration into force; raises ConfigError or ArgumentError."""
+        """Put what is not the engine's into force: metrics, logging. May block.
 
-    async def reload(self) -> Reloaded:
-        """Read the configuration file again; raises ConfigError."""
+        Raises:
+            ConfigError: it cannot be done; all is as it was.
+        """
 
 
 class Steering:
@@ -64,98 +73,148 @@ class Steering:
     def __init__(
         self,
         *,
+        version: str,
         engine: Engine,
-        driver: Driver,
-        service: Service,
+        surroundings: Surroundings,
         host: Host,
         config: Config,
+        source: Path | None,
+        overrides: tuple[str, ...],
         open_device: OpenDevice,
-        clock: Callable[[], float],
     ) -> None:
+        self.version: Final = version
         self._engine = engine
-        self._driver = driver
-        self._service = service
+        self._surroundings = surroundings
         self._host = host
         self.config = config
+        self._source = source
+        self._overrides = overrides
         self._open_device = open_device
-        self._clock = clock
-        self.devices: Final[dict[str, BlockDevice]] = {}
+        self._configuring = False
+        self._settings = engine.core.settings
+        self.devices: Final[dict[str, Opened]] = {}
         """By path: to be closed after swapoff, and at the end."""
-        self.version: Final = service.version
-        self._verbs: Final[Mapping[str, Callable[[dict[str, Any]], Awaitable[dict[str, Any]]]]] = {
-            "set": self._set,
-            "swapon": self._swapon,
-            "swapoff": self._swapoff,
-            "writeback": self._writeback,
-            "compact": self._compact,
-            "verify": self._verify,
-            "spaces": self._spaces,
-            "reload": self._reload,
-        }
 
-    # What a session asks
+    # What sessions ask
 
-    def status(self) -> dict[str, Any]:
+    def status(self) -> Task[dict[str, Any]]:
         """The status document."""
-        with self._driver.lock:
-            snapshot = self._engine.snapshot()
-        return status.document(snapshot, self._service.facts())
+        snapshot = self._engine.snapshot()
+        discards = {path: opened.discards for path, opened in self.devices.items()}
+        work = Compute(
+            lambda: status.document(snapshot, self._surroundings.facts(self.config), discards)
+        )
+        yield work
+        return work.result()
 
     def may_steer(self, uid: int) -> bool:
         """Root, and whoever the daemon runs as."""
         return uid in {0, self._host.uid}
 
-    async def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
+    def carry_out(self, request: dict[str, Any]) -> Task[dict[str, Any]]:
         """Do what a CONTROL request asks for.
 
         Raises:
             ArgumentError, OutOfServiceError: with what to do about it.
         """
-        arguments = dict(request)
-        verb = arguments.pop("verb", None)
-        if verb not in self._verbs:
-            raise ArgumentError(f"there is no verb {verb!r}; there are {', '.join(self._verbs)}")
-        answer = await self._verbs[verb](arguments)
-        _LOG.info("%s %s", verb, " ".join(f"{k}={v}" for k, v in arguments.items()) or "done")
+        arguments = _Arguments(request)
+        verb = arguments.text("verb")
+        if verb not in self.verbs:
+            raise ArgumentError(f"there is no verb {verb!r}; there are {', '.join(self.verbs)}")
+        answer = yield from self.verbs[verb](self, arguments)
+        if verb != "spaces":
+            told = {key: value for key, value in answer.items() if key != "problems"}
+            _LOG.info("%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
         return answer
 
-    async def _run(self, operation: Operation[T]) -> T:
-        result = self._driver.start(operation)
-        return await self._driver.finish(result) if isinstance(result, Pending) else result
+    # The configuration
 
-    # Verbs
+    def configure(self, change: Callable[[Config], Config]) -> Task[tuple[Config, Config]]:
+        """Put another configuration into force.
 
-    async def _set(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        key, value = _take(arguments, "key", str), _take(arguments, "value", str)
-        _nothing_else(arguments)
+        Args:
+            change: makes it of the one that holds; called in a worker.
+
+        Returns:
+            The one before, and the one that holds now.
+
+        Raises:
+            ConfigError, ArgumentError: it cannot be; all is as it was.
+        """
+        while self._configuring:
+            yield WAIT
+        self._configuring = True
         try:
-            old = self.config.flat().get(key, "")
-            config = self.config.with_override(key, value)
+            old = self.config
+            new = yield from _worker(lambda: change(old))
+            settings = yield from _worker(lambda: new.settings(self._host))
+            self._engine.apply(settings)
+            try:
+                yield from _worker(lambda: self._surroundings.configure(new))
+            except ConfigError:
+                self._engine.apply(self._settings)
+                raise
+            self.config, self._settings = new, settings
+        finally:
+            self._configuring = False
+        return old, new
+
+    def reload(self) -> Task[Reloaded]:
+        """Read the configuration again.
+
+        Raises:
+            ConfigError, ArgumentError: nothing was changed.
+        """
+        read: list[Config] = []
+
+        def change(old: Config) -> Config:
+            read.append(load(self._source, self._overrides))
+            return old.reloaded(read[0])
+
+        old, new = yield from self.configure(change)
+        before, after = old.flat(), new.flat()
+        changed = (k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+        return Reloaded(tuple(sorted(changed)), old.fixed_changes(read[0]))
+
+    def _set(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        key, value = arguments.text("key"), arguments.text("value")
+        arguments.end()
+
+        def change(old: Config) -> Config:
+            new = old.with_override(key, value)
             if not reloadable(key):
-                raise ArgumentError(f"{key} cannot be changed while the daemon runs")
-            self._service.configure(config)
+                text = "cannot be changed while the daemon runs: change the file, and restart"
+                raise ConfigError(text, key=key)
+            return new
+
+        try:
+            old, new = yield from self.configure(change)
         except ConfigError as error:
             raise ArgumentError(str(error)) from None
-        return {"key": key, "old": old, "new": self.config.get(key)}
+        # A group's key that nobody had set holds nothing of its own yet.
+        return {"key": key, "old": old.flat().get(key, ""), "new": new.get(key)}
 
-    async def _swapon(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        path = _absolute(_take(arguments, "path", str))
-        size = arguments.pop("size", None)
-        priority = arguments.pop("priority", None)
-        encrypt = arguments.pop("encrypt", None)
-        _nothing_else(arguments)
+    def _reload(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        arguments.end()
         try:
-            device = Device(
-                path=path,
-                size=None if size is None else Size(_size(size)),
-                priority=0 if priority is None else int(priority),
-                encrypt=True if encrypt is None else bool(encrypt),
-            )
-        except (TypeError, ValueError) as error:
-            raise ArgumentError(str(error)) from None
-        return await self.swapon(device)
+            done = yield from self.reload()
+        except ConfigError as error:
+            raise ArgumentError(f"nothing was changed: {error}") from None
+        return {"changed": list(done.changed), "ignored": list(done.ignored)}
 
-    async def swapon(self, entry: Device) -> dict[str, Any]:
+    # Devices
+
+    def _swapon(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        entry = Device(
+            path=arguments.path("path"),
+            size=Size(arguments.size("size", least=1)) if "size" in arguments else None,
+            priority=arguments.number("priority", 0, most=_MOST_PRIORITY),
+            encrypt=arguments.flag("encrypt", default=True),
+        )
+        arguments.end()
+        return (yield from self.swapon(entry))
+
+    def swapon(self, entry: Device) -> Task[dict[str, Any]]:
         """Open a device and put it into use.
 
         Raises:
@@ -164,47 +223,45 @@ class Steering:
         if entry.path in self.devices:
             raise OutOfServiceError(f"{entry.path}: in use already")
         try:
-            device = await asyncio.to_thread(self._open_device, entry)
+            opened = yield from _worker(lambda: self._open_device(entry))
         except OpenError as error:
             raise OutOfServiceError(str(error)) from None
+        device = opened.device
         try:
-            with self._driver.lock:
-                self._engine.swapon(device, entry.priority)
+            self._engine.swapon(device, entry.priority)
         except BaseException:
             device.close()
             raise
-        self.devices[entry.path] = device
-        found = next(d for d in self._snapshot().devices if d.path == device.path)
+        self.devices[entry.path] = opened
         if not device.direct:
-            _LOG.warning("%s: no O_DIRECT here, its pages go through the page cache", entry.path)
+            _LOG.info("%s: no O_DIRECT there, pages also go through the page cache", entry.path)
+        found = next(d for d in self._engine.snapshot().devices if d.path == device.path)
         return {"path": entry.path, "size_bytes": found.size_bytes, "priority": found.priority}
 
-    async def _swapoff(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        path = _absolute(_take(arguments, "path", str))
-        _nothing_else(arguments)
-        moved = await self._run(self._engine.swapoff(path))
-        device = self.devices.pop(path)
-        await asyncio.to_thread(device.close)
+    def _swapoff(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        path = arguments.path("path")
+        arguments.end()
+        moved = yield from self._engine.swapoff(path)
+        yield from _worker(self.devices.pop(path).device.close)
         return {"path": path, "moved_pages": moved}
 
-    async def _writeback(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        nbytes = _size(_take(arguments, "bytes", (int, str)))
-        _nothing_else(arguments)
-        written = await self._run(self._engine.writeback(nbytes))
-        return {
-            "bytes": written.bytes,
-            "pages": written.pages,
-            "stopped": None if written.stopped is None else written.stopped.value,
-        }
+    # Work
 
-    async def _compact(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        _nothing_else(arguments)
-        done = await self._run(self._engine.compact())
+    def _writeback(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        nbytes = arguments.size("bytes", least=1)
+        arguments.end()
+        written = yield from self._engine.writeback(nbytes)
+        stopped = None if written.stopped is None else written.stopped.value
+        return {"bytes": written.bytes, "pages": written.pages, "stopped": stopped}
+
+    def _compact(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        arguments.end()
+        done = yield from self._engine.compact()
         return {"moved_bytes": done.moved_bytes, "freed_bytes": done.freed_bytes}
 
-    async def _verify(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        _nothing_else(arguments)
-        report = await self._run(self._engine.verify())
+    def _verify(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        arguments.end()
+        report = yield from self._engine.verify()
         for problem in report.problems:
             _LOG.error("verify: %s", problem)
         return {
@@ -215,50 +272,95 @@ class Steering:
             "checked_bytes": report.checked_bytes,
         }
 
-    async def _spaces(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        _nothing_else(arguments)
-        return status.spaces(self._snapshot(), self._clock())
+    def _spaces(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+        arguments.end()
+        return status.spaces(self._engine.snapshot(), self._engine.core.clock())
+        yield
 
-    async def _reload(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        _nothing_else(arguments)
-        try:
-            done = await self._service.reload()
-        except ConfigError as error:
-            raise ArgumentError(str(error)) from None
-        return {"changed": list(done.changed), "ignored": list(done.ignored)}
-
-    def _snapshot(self) -> Snapshot:
-        with self._driver.lock:
-            return self._engine.snapshot()
-
-
-def _take(arguments: dict[str, Any], name: str, kind: type | tuple[type, ...]) -> Any:
-    if name not in arguments:
-        raise ArgumentError(f"{name} is missing")
-    value = arguments.pop(name)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise ArgumentError(f"{name}: {value!r} is not of the kind that is wanted")
-    return value
+    verbs: ClassVar[Mapping[str, Callable[[Steering, _Arguments], Task[dict[str, Any]]]]] = (
+        MappingProxyType(
+            {
+                "set": _set,
+                "swapon": _swapon,
+                "swapoff": _swapoff,
+                "writeback": _writeback,
+                "compact": _compact,
+                "verify": _verify,
+                "spaces": _spaces,
+                "reload": _reload,
+            }
+        )
+    )
 
 
-def _nothing_else(arguments: dict[str, Any]) -> None:
-    if arguments:
-        raise ArgumentError(f"unknown argument {next(iter(arguments))}")
+class _Arguments:
+    """What a CONTROL request carries, taken out one by one and checked."""
 
+    def __init__(self, given: dict[str, Any]) -> None:
+        self._left = dict(given)
 
-def _absolute(path: str) -> str:
-    """The daemon's working directory is not the caller's."""
-    if not path.startswith("/"):
-        raise ArgumentError(f"{path}: give an absolute path, the daemon runs elsewhere")
-    return os.path.normpath(path)
+    def __contains__(self, name: str) -> bool:
+        return self._left.get(name) is not None
 
-
-def _size(value: int | str) -> int:
-    if isinstance(value, int):
-        if value <= 0:
-            raise ArgumentError(f"{value} is no number of bytes")
+    def text(self, name: str) -> str:
+        """Text that must be there."""
+        value = self._take(name)
+        if not isinstance(value, str) or len(value) > _MOST_TEXT:
+            raise ArgumentError(f"{name}: write text, of {_MOST_TEXT} characters at most")
         return value
-    try:
-        return parse_size(value)
-    except UnitError as error:
-        raise ArgumentError(str(error)) from None
+
+    def path(self, name: str) -> str:
+        """An absolute path: the daemon's working directory is not the caller's."""
+        value = self.text(name)
+        if not value.startswith("/") or "\0" in value:
+            raise ArgumentError(f"{name}: {value!r} is no absolute path: the daemon runs elsewhere")
+        return value
+
+    def size(self, name: str, *, least: int) -> int:
+        """Bytes, as a number or as a size such as 512M."""
+        value = self._take(name)
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise ArgumentError(f"{name}: write bytes, or a size such as 512M")
+        try:
+            size = parse_size(value)
+        except UnitError as error:
+            raise ArgumentError(f"{name}: {error}") from None
+        if size < least:
+            raise ArgumentError(f"{name}: {size} is too little: write {least} or more")
+        return size
+
+    def number(self, name: str, default: int, *, most: int) -> int:
+        """A whole number, 0 to `most`; null is as if it were not there."""
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+            raise ArgumentError(f"{name}: {value!r}: write a whole number, 0 to {most}")
+        return value
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """True or false; null is as if it were not there."""
+        value = self._left.pop(name, None)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ArgumentError(f"{name}: {value!r}: write true or false")
+        return value
+
+    def end(self) -> None:
+        """Nothing may be left, but for what is null."""
+        for name, value in self._left.items():
+            if value is not None:
+                raise ArgumentError(f"{name!r} is no argument of this verb")
+
+    def _take(self, name: str) -> Any:
+        if name not in self:
+            raise ArgumentError(f"{name} is missing")
+        return self._left.pop(name)
+
+
+def _worker(call: Callable[[], T]) -> Task[T]:
+    """Do something that may block in a worker."""
+    work = Compute(call, slow=True)
+    yield work
+    return work.result()

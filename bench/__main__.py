@@ -9,12 +9,13 @@ from bench import targets
 
 PIECES = [
     "bench",
-    "--override-ini=python_files=bench_*.py",
     "--timeout=300",
     "--benchmark-columns=median,iqr,ops,rounds",
     "--benchmark-group-by=group",
     "--benchmark-sort=name",
     "--benchmark-warmup=on",
+    "--benchmark-warmup-iterations=500",
+    "--benchmark-max-time=0.25",
     "--quiet",
 ]
 

@@ -16,6 +16,12 @@ from vswapd_backends.base import U64
 PAGES = 4096
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What is measured is called bench_: `pytest bench` finds it, and `pytest` does not."""
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.addinivalue_line("python_functions", "bench_*")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _corpora(pytestconfig: pytest.Config) -> None:
     """Capture before anything is measured, and say what was captured."""

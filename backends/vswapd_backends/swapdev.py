@@ -181,6 +181,13 @@ class SwapDevices:
             if d is not None and not d.draining
         )
 
+    @property
+    def ready_extents(self) -> int:
+        """Extents that `take` can hand out without waiting for a discard."""
+        return sum(
+            max(0, d.map.free - 1) for d in self._devices if d is not None and not d.draining
+        )
+
     def pin(self, number: int) -> None:
         """Keep an extent's bytes as they are while somebody reads or writes them."""
         entry, extent = self.device_of(number)

@@ -377,6 +377,11 @@ class Zswap:
         found = self._open.get(self.stream_of(segment))
         return found is not None and found[0] == segment
 
+    def all_alive(self, segments: I64) -> npt.NDArray[np.bool_]:
+        """Which of the segments have no dead entry."""
+        alive: npt.NDArray[np.bool_] = self.live_entries[segments] == self._count[segments]
+        return alive
+
     def sealed(self, segments: I64) -> I64:
         """Those of the segments that are no stream's open one."""
         return segments[~np.isin(segments, [segment for segment, _ in self._open.values()])]

@@ -24,6 +24,9 @@ from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import WAIT, Operation
 from vswapd_backends.zswap import Compressed
 
+_RECLAIM_AT_ONCE = 4
+"""Extents that a store in need of room writes back at a time: written in parallel."""
+
 
 class Refusal(Enum):
     """Why the pool does not take a folio as things stand."""
@@ -83,7 +86,7 @@ class Room:
         """One step towards more room; False if there is none to make."""
         if only is None and self._compaction.step() is not None:
             return True
-        written = yield from self._writeback.write_extent(Cause.RECLAIM, only)
+        written = yield from self._writeback.write_some(Cause.RECLAIM, only, _RECLAIM_AT_ONCE)
         if written.stopped is None:
             return True
         if self._writeback.in_flight:

@@ -27,6 +27,7 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
+from vswapd.whole_segments import WHOLE_AT_ONCE, WholeBatch, WholeSegments
 from vswapd_backends.base import (
     I64,
     PAGE_BYTES,
@@ -99,9 +100,9 @@ _SMALLEST_ROOM: Final = PAGE_BYTES + ENTRY_OVERHEAD
 """An image with less room than this is full. So a segment that is all alive becomes an image by
 itself: one copy, and no segment is left behind with a few entries missing."""
 
-PIPELINE: Final = 3
-"""Extents of one writeback that are under way at a time: one is gathered and sealed while others
-are written."""
+PIPELINE: Final = 2
+"""Operations of one writeback that are under way at a time: the extents of one are gathered while
+those of the other are written."""
 
 
 class ImageBuffers:
@@ -121,7 +122,7 @@ class ImageBuffers:
     def give(self, buffer: memoryview) -> None:
         """Take a buffer back; its bytes are wiped, so that no image carries another's pages."""
         np.frombuffer(buffer, np.uint8)[:] = 0
-        if len(self._free) < 8:  # noqa: PLR2004 - 2 MiB: twice what the driver keeps in flight
+        if len(self._free) < PIPELINE * WHOLE_AT_ONCE:
             self._free.append(buffer)
 
 
@@ -130,6 +131,7 @@ class Writeback:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._whole = WholeSegments(core)
         self.buffers: Final = ImageBuffers()
         self.in_flight = 0
         """Operations whose images are being written now."""
@@ -176,17 +178,75 @@ class Writeback:
             return Stop.GROUP_LIMIT
         return Stop.NOTHING_LEFT
 
-    # One extent
+    # Some extents
 
-    def write_extent(self, cause: Cause, only: Group | None = None) -> Operation[Written]:
-        """Write one extent's worth of the coldest entries (of one group, if `only` is given)."""
-        core = self._core
+    def write_some(
+        self, cause: Cause, only: Group | None = None, most: int = WHOLE_AT_ONCE
+    ) -> Operation[Written]:
+        """Write up to `most` extents of the coldest entries (of one group, if `only` is given)."""
         stop = self.obstacle()
         if stop is not None:
             return Written(stopped=stop)
         stream = self._stream(only)
         if isinstance(stream, Stop):
             return Written(stopped=stream)
+        batch = self._whole.choose(stream, self._affordable(most))
+        if batch is not None:
+            batch = self._whole.within(batch, self._core.groups[stream[1]].device_room())
+        if batch is None:
+            return (yield from self._write_extent(stream, cause))
+        return (yield from self._write_whole(stream, cause, batch))
+
+    def _affordable(self, most: int) -> int:
+        """As many extents as the write budget and the devices have room for."""
+        left = self._core.budget_left()
+        if left is not None:
+            most = min(most, left // SEGMENT_BYTES)
+        return min(most, self._core.devices.ready_extents)
+
+    def _write_whole(self, stream: Stream, cause: Cause, batch: WholeBatch) -> Operation[Written]:
+        """Write segments as they are, one extent each."""
+        core, group = self._core, self._core.groups[stream[1]]
+        numbers = [core.devices.take(*stream, 0) for _ in batch.segments]
+        taken = [number for number in numbers if number is not None]
+        assert len(taken) == len(batch.segments), "ready_extents has counted them"
+        buffers = [self.buffers.take() for _ in taken]
+        pending = int(batch.directory.lengths.sum())
+        group.device_pending += pending
+        for segment in batch.segments:
+            core.zswap.pin(segment)
+        try:
+            writes = self._whole.images(batch, taken, stream, buffers)
+            self.in_flight += 1
+            try:
+                yield writes
+            finally:
+                self.in_flight -= 1
+            good = [request.error is None for request in writes.requests]
+            for number, well in zip(taken, good, strict=True):
+                if not well:
+                    core.devices.fail(number)
+            self.account(cause, SEGMENT_BYTES * sum(good))
+            pages = self._whole.flip(batch, taken, good, group)
+            moved = sum(
+                self.rejuvenate(segment, stream)
+                for segment, well in zip(batch.segments, good, strict=True)
+                if well
+            )
+        finally:
+            group.device_pending -= pending
+            for number in taken:
+                core.devices.unpin(number)
+            for segment in batch.segments:
+                core.zswap.unpin(segment)
+            for buffer in buffers:
+                self.buffers.give(buffer)
+        stopped = None if any(good) else Stop.DEVICE_ERROR
+        return Written(SEGMENT_BYTES * sum(good), pages, moved, stopped)
+
+    def _write_extent(self, stream: Stream, cause: Cause) -> Operation[Written]:
+        """Write one extent's worth of a stream's coldest entries, whatever state they are in."""
+        core = self._core
         number = yield from self.take_extent(stream)
         if number is None:
             return Written(stopped=Stop.DEVICE_FULL)
@@ -401,9 +461,10 @@ class Writeback:
                 while (
                     total.stopped is None
                     and len(flights) < PIPELINE
-                    and total.bytes + len(flights) * SEGMENT_BYTES < nbytes
+                    and (missing := nbytes - total.bytes - _bytes(flights)) > 0
                 ):
-                    flight = self.write_extent(cause, only)
+                    most = min(WHOLE_AT_ONCE, -(-missing // SEGMENT_BYTES))
+                    flight = self.write_some(cause, only, most)
                     landed = yield from _advance(flight, flights)
                     total = _sum(total, landed)
                 if not flights:
@@ -432,6 +493,11 @@ def _advance(
     except StopIteration as end:
         landed: Written = end.value
         return landed
+
+
+def _bytes(flights: deque[tuple[Operation[Written], IoBatch]]) -> int:
+    """Bytes that are being written."""
+    return sum(request.length for _, batch in flights for request in batch.requests)
 
 
 def _sum(one: Written, other: Written) -> Written:

@@ -28,8 +28,8 @@ from vswapd_backends.segment import Directory, ImageBuilder
 from vswapd_backends.zswap import Stream
 
 WHOLE_AT_ONCE: Final = 8
-"""Segments per operation. Microseconds of one core per extent, all but the write itself, medians of 6
-rounds on a busy machine: 249 for one at a time, 223 for 2, 140 for 4, 110 for 8, 103 for 16."""
+"""Segments per operation. Microseconds of one core per extent, all but the write itself, medians of
+6 rounds on a busy machine: 249 for one at a time, 223 for 2, 140 for 4, 110 for 8, 103 for 16."""
 _FULL: Final = SEGMENT_BYTES * 9 // 10
 """A segment that needs less than this is better packed together with others."""
 

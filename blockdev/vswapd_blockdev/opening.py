@@ -203,12 +203,7 @@ def _is_blank(fd: int, begin: int, end: int) -> bool:
     """Whether all bytes from `begin` to `end` are zeros; skips holes, stops at the first other."""
     position = begin
     while position < end:
-        try:
-            position = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return True
-            raise
+        position = _next_data(fd, position)
         piece = os.pread(fd, min(_MIB, end - position), position) if position < end else b""
         if not piece:
             return True
@@ -216,6 +211,18 @@ def _is_blank(fd: int, begin: int, end: int) -> bool:
             return False
         position += len(piece)
     return True
+
+
+def _next_data(fd: int, position: int) -> int:
+    """Where the next byte that is in no hole may be; the end of the file if there is none."""
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return os.lseek(fd, 0, os.SEEK_END)
+        if error.errno == errno.EINVAL:  # block devices know no holes
+            return position
+        raise
 
 
 def _reserve(path: str, fd: int, has: int, wanted: int) -> None:

@@ -157,9 +157,10 @@ class Engine:
         return space
 
     def close_space(self, space: Space) -> Operation[None]:
-        """Free all slots of a space, in steps, and forget it. Its slots are refused at once."""
-        if space.closed:
-            return
+        """Free all slots of a space, in steps, and forget it. Its slots are refused at once.
+
+        Idempotent: whoever calls it again, after it was ended in the middle, finishes it.
+        """
         space.closed = True
         while space.slots.clusters:
             some = [c for c, _ in zip(space.slots.clusters, range(_CLOSE_CLUSTERS), strict=False)]
@@ -167,8 +168,8 @@ class Engine:
             self._release(space, numbers[self.core.table.words[numbers] != 0])
             self._nudge()
             yield PAUSE
-        space.group.spaces -= 1
-        del self.core.spaces[space.id]
+        if self.core.spaces.pop(space.id, None) is not None:
+            space.group.spaces -= 1
 
     # Store
 
@@ -233,8 +234,7 @@ class Engine:
 
     def _store_target(self, space: Space, folio: Folio, slots: U64 | None) -> I64 | None:
         """The slots to overwrite, checked; None for a store to new ones, if there are enough."""
-        if space.closed:
-            raise BadSlotError("the space is closed: connect again")
+        _refuse_closed(space)
         if slots is None:
             self.core.clusters.ensure(space.slots, folio.pages)
             return None
@@ -249,6 +249,7 @@ class Engine:
         Raises:
             BadSlotError: some are not.
         """
+        _refuse_closed(space)
         numbers = self.core.clusters.resolve(space.id, slots)
         words = self.core.table.words[numbers]
         if not words.all():
@@ -352,6 +353,7 @@ class Engine:
             BadSlotError, UnbackedError: some slots have no page.
             PageLostError: some pages could not be had; the others can be loaded without them.
         """
+        _refuse_closed(space)
         numbers = self.core.clusters.resolve(space.id, slots)
         words = self.core.table.words[numbers]
         if all_tagged(words, Tag.ZSWAP):
@@ -553,6 +555,11 @@ class Engine:
     def _nudge(self) -> None:
         if self.on_pressure is not None and self.shrinker.wanted():
             self.on_pressure()
+
+
+def _refuse_closed(space: Space) -> None:
+    if space.closed:
+        raise BadSlotError("the space is closed: connect again")
 
 
 def _per_extent(places: Places) -> list[tuple[int, int, int]]:

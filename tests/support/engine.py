@@ -174,6 +174,8 @@ class Rig:
     engine: Engine
     clock: Clock
     devices: list[UnkindDevice] = field(default_factory=list)
+    named: int = 0
+    """Devices that there have been; the next one's number."""
 
     # Requests
 
@@ -213,7 +215,8 @@ class Rig:
         self.engine.apply(dataclasses.replace(self.engine.core.settings, **changes))
 
     def swapon(self, extents: int = 16, priority: int = 0, path: str | None = None) -> UnkindDevice:
-        device = UnkindDevice(extents, path or f"mem{len(self.devices)}")
+        device = UnkindDevice(extents, path or f"mem{self.named}")
+        self.named += 1
         self.devices.append(device)
         self.engine.swapon(device, priority)
         return device

@@ -11,6 +11,7 @@ This module must not know what operations do.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -181,6 +182,12 @@ class Scheduler:
         task.cancel(perform=self.chooser.random() < 0.5)
         self._news += 1
         self._check()
+
+    def abandon(self) -> None:
+        """After a failure: end everything, whatever state it is in."""
+        for task in self.running:
+            with contextlib.suppress(Exception):
+                task.operation.close()
 
     def drain(self, most: int = 100_000) -> None:
         """Until everything has ended."""

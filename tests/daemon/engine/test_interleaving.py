@@ -19,9 +19,9 @@ from typing import Final
 
 import numpy as np
 import pytest
+
 from support.engine import KIB, KINDS, MIB, Rig, ids, make_engine, page
 from support.interleaving import Running, Scheduler
-
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
 from vswapd.groups import Space
 from vswapd.settings import GroupLimits
@@ -54,7 +54,7 @@ class Weather:
     cancels: float = 0.0
     closes: float = 0.02
     swapoffs: float = 0.02
-    limits: GroupLimits = GroupLimits()
+    limits: GroupLimits = field(default_factory=GroupLimits)
     straight: float = 0.0
     """How often the pool is switched off or on again."""
 

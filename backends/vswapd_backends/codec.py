@@ -14,7 +14,7 @@ This module must not know pools, segments or checksums.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from typing import Final, Protocol
 
@@ -24,6 +24,10 @@ import zstandard
 from vswapd_backends.base import PAGE_BYTES
 
 Buffer = bytes | bytearray | memoryview
+
+_DESCRIPTOR: Final = 0
+"""What a frame of ours begins with: no size, checksum or dictionary (RFC 8878, 3.1.1.1.1). A frame
+that names a size of its own is damaged, and would have that much memory allocated for it."""
 
 
 class UnknownCodecError(ValueError):
@@ -50,7 +54,7 @@ class Codec(Protocol):
     def spec(self) -> str:
         """`lz4`, `lz4hc:9`, `zstd:3`."""
 
-    def compress(self, pages: Sequence[Buffer]) -> list[bytes]:
+    def compress(self, pages: Iterable[Buffer]) -> list[bytes]:
         """The compressed bytes of each page."""
 
     def decompress(self, entries: Sequence[Buffer]) -> list[bytes]:
@@ -68,14 +72,15 @@ class Lz4:
         self.spec: Final = spec
         self._level = level
 
-    def compress(self, pages: Sequence[Buffer]) -> list[bytes]:
+    def compress(self, pages: Iterable[Buffer]) -> list[bytes]:
         """See Codec."""
         compress = lz4.block.compress
+        # Positional (mode, store_size, acceleration, compression): keywords cost 0.1 us a page, and
+        # so does a loop in Python.
         if not self._level:
-            # Positional (mode, store_size, acceleration, compression): keywords cost 0.1 us a page.
-            return [compress(page, "default", False) for page in pages]
-        level = self._level
-        return [compress(page, "high_compression", False, 1, level) for page in pages]
+            return list(map(compress, pages, repeat("default"), repeat(False)))
+        mode, level = repeat("high_compression"), repeat(self._level)
+        return list(map(compress, pages, mode, repeat(False), repeat(1), level))
 
     def decompress(self, entries: Sequence[Buffer]) -> list[bytes]:
         """See Codec."""
@@ -125,7 +130,7 @@ class Zstd:
             self._local.decompressor = found
         return found
 
-    def compress(self, pages: Sequence[Buffer]) -> list[bytes]:
+    def compress(self, pages: Iterable[Buffer]) -> list[bytes]:
         """See Codec."""
         compress = self._compressor().compress
         return [compress(page) for page in pages]
@@ -134,7 +139,10 @@ class Zstd:
         """See Codec."""
         decompress = self._decompressor().decompress
         try:
-            pages = [decompress(entry, PAGE_BYTES) for entry in entries]
+            pages = [
+                decompress(entry, PAGE_BYTES) if entry and entry[0] == _DESCRIPTOR else b""
+                for entry in entries
+            ]
         except zstandard.ZstdError:
             raise _corrupt(entries, self._one, zstandard.ZstdError) from None
         if all(len(page) == PAGE_BYTES for page in pages):
@@ -142,6 +150,8 @@ class Zstd:
         raise _corrupt(entries, self._one, zstandard.ZstdError)
 
     def _one(self, entry: Buffer) -> bytes:
+        if not entry or entry[0] != _DESCRIPTOR:
+            return b""
         return self._decompressor().decompress(entry, PAGE_BYTES)
 
 
@@ -168,11 +178,9 @@ def codec_from_spec(spec: str) -> Codec:
     Raises:
         UnknownCodecError: it names none.
     """
-    name, colon, level = spec.partition(":")
+    name, _, level = spec.partition(":")
     if spec == "lz4":
         return Lz4()
-    if name not in _LEVELS or not colon or not level.isascii() or not level.isdigit():
-        raise UnknownCodecError(spec)
-    if not 1 <= int(level) <= _LEVELS[name] or level != str(int(level)):
+    if name not in _LEVELS or level not in map(str, range(1, _LEVELS[name] + 1)):
         raise UnknownCodecError(spec)
     return Lz4(spec, int(level)) if name == "lz4hc" else Zstd(int(level))

@@ -41,6 +41,7 @@ from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, U64
 
 HEADER: Final = struct.Struct("<4sHH16sQQIIIIQ")
 HEADER_BYTES: Final = HEADER.size  # 64
+_CHECKED_BYTES: Final = HEADER_BYTES - 8
 CHECK_BYTES: Final = 8
 DIRECTORY_ENTRY_BYTES: Final = 8
 ENTRY_OVERHEAD: Final = CHECK_BYTES + DIRECTORY_ENTRY_BYTES
@@ -145,39 +146,18 @@ def fits(lengths: I64, room: int) -> int:
     return int(np.searchsorted(np.cumsum(lengths + ENTRY_OVERHEAD), room, side="right"))
 
 
-def entry_parts(entries: Sequence[bytes]) -> list[bytes]:
-    """Checks and compressed bytes by turns: joined, they are a payload. Two parts per entry."""
-    parts = [b""] * (2 * len(entries))
+def payload_of(entries: Sequence[bytes | memoryview]) -> bytes:
+    """The payload that n entries make: each one's check, then its compressed bytes."""
+    parts: list[bytes | memoryview] = [b""] * (2 * len(entries))
     # Slicing the digests costs less than gathering them into an array and scattering that.
     parts[0::2] = [digest[:CHECK_BYTES] for digest in map(mmh3_x64_128_digest, entries)]
     parts[1::2] = entries
-    return parts
+    return b"".join(parts)
 
 
-def pack_header(header: Header, directory: U64 | None) -> bytes:
-    """A header, with the checksum of itself and its directory if that is given."""
-    plain = _pack(header, 0)
-    return plain if directory is None else _pack(header, _image_check(plain, directory))
-
-
-def _pack(header: Header, check: int) -> bytes:
-    return HEADER.pack(
-        MAGIC,
-        LAYOUT_VERSION,
-        0,
-        header.codec.encode(),
-        header.sequence,
-        header.age,
-        header.count,
-        header.payload_end,
-        header.group,
-        0,
-        check,
-    )
-
-
-def _image_check(header: bytes, directory: U64) -> int:
-    digest = mmh3_x64_128_digest(header + directory.tobytes())
+def _image_check(header: memoryview, directory: U64) -> int:
+    """The checksum of a header, its own field left out, and of its directory."""
+    digest = mmh3_x64_128_digest(bytes(header[:_CHECKED_BYTES]) + directory.tobytes())
     return int.from_bytes(digest[:8], "little")
 
 
@@ -203,7 +183,7 @@ def parse_image(image: memoryview) -> tuple[Header, Directory]:
         payload_end=payload_end,
         group=group,
     )
-    if _image_check(_pack(header, 0), words) != check:
+    if _image_check(image, words) != check:
         raise LayoutError("header and directory do not agree with their checksum")
     return header, parse_directory(words)
 
@@ -218,7 +198,7 @@ class ImageBuilder:
         self._salt = salt
         self.buffer: Final = buffer
         self.sequence: Final = sequence
-        self.codec: Final = codec
+        self._codec: Final = codec.encode()
         self.group: Final = group
         self.age = 0
         self.payload_end = HEADER_BYTES
@@ -231,7 +211,7 @@ class ImageBuilder:
         """Bytes left for entries with their overhead."""
         return SEGMENT_BYTES - self.payload_end - self.count * DIRECTORY_ENTRY_BYTES
 
-    def add(self, numbers: I64, lengths: I64, payload: bytes) -> I64:
+    def add(self, numbers: I64, lengths: I64, payload: bytes | memoryview) -> I64:
         """Append entries that fit (see `fits`), with plain checks; returns their offsets."""
         end = self.payload_end + len(payload)
         assert end + (self.count + len(numbers)) * DIRECTORY_ENTRY_BYTES <= SEGMENT_BYTES
@@ -288,13 +268,22 @@ class ImageBuilder:
 
     def finish(self) -> None:
         """Write the header over what has been added so far; more may be added and finished."""
-        header = Header(
-            codec=self.codec,
-            sequence=self.sequence,
-            age=self.age,
-            count=self.count,
-            payload_end=self.payload_end,
-            group=self.group,
+        HEADER.pack_into(
+            self.buffer,
+            0,
+            MAGIC,
+            LAYOUT_VERSION,
+            0,
+            self._codec,
+            self.sequence,
+            self.age,
+            self.count,
+            self.payload_end,
+            self.group,
+            0,
+            0,
         )
-        directory = self._words[SEGMENT_WORDS - self.count :][::-1]
-        self.buffer[:HEADER_BYTES] = pack_header(header, directory if self._salt else None)
+        if self._salt:
+            directory = self._words[SEGMENT_WORDS - self.count :][::-1]
+            check = _image_check(self.buffer, directory)
+            self.buffer[_CHECKED_BYTES:HEADER_BYTES] = check.to_bytes(8, "little")

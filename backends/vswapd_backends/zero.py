@@ -26,9 +26,11 @@ def zero_pages(words: U64) -> npt.NDArray[np.bool_] | None:
     """Which pages are all zero; `words` has shape (n, 512), the result (n,). None: none is."""
     assert words.shape[1] == _PAGE_WORDS
     one, two, three = _FIRST_LOOK
-    zero: npt.NDArray[np.bool_] = (words[:, one] | words[:, two] | words[:, three]) == 0
-    candidates = zero.nonzero()[0]
-    if not len(candidates):
+    union = words[:, one] | words[:, two]
+    union |= words[:, three]
+    if np.count_nonzero(union) == len(union):
         return None
+    zero: npt.NDArray[np.bool_] = union == 0
+    candidates = zero.nonzero()[0]
     zero[candidates] = np.logical_not(words[candidates].any(axis=1))
     return zero if zero.any() else None

@@ -28,12 +28,12 @@ from vswapd_backends.codec import Codec, CorruptError, codec_from_spec
 from vswapd_backends.segment import (
     CAPACITY,
     CHECK_BYTES,
+    DIRECTORY_ENTRY_BYTES,
     ENTRY_OVERHEAD,
     SEGMENT_WORDS,
     Directory,
     ImageBuilder,
     digests,
-    fits,
     get_checks,
     parse_directory,
 )
@@ -58,10 +58,8 @@ class Compressed:
     """n pages in compressed form, on their way into a log or onto a device."""
 
     pool: int
-    parts: Sequence[bytes | memoryview]
-    """Joined, the payload: each entry's plain check, then its compressed bytes."""
-    stride: int
-    """Parts per entry: 2 where check and bytes are apart, 1 where they are one."""
+    payload: bytes | memoryview
+    """The entries one after the other: each one's plain check, then its compressed bytes."""
     lengths: I64
     """Compressed bytes of each entry, without its check."""
     compressed_bytes: int
@@ -75,18 +73,15 @@ class Compressed:
         """Bytes of segments that the entries take, overhead included."""
         return self.compressed_bytes + ENTRY_OVERHEAD * len(self.lengths)
 
-    @property
-    def payload(self) -> bytes:
-        """The entries one after the other, checks included."""
-        return b"".join(self.parts)
-
     def slice(self, first: int, last: int) -> Compressed:
         """Entries first to last - 1."""
         if first == 0 and last == len(self.lengths):
             return self
-        parts = self.parts[first * self.stride : last * self.stride]
         lengths = self.lengths[first:last]
-        return Compressed(self.pool, parts, self.stride, lengths, int(lengths.sum()))
+        length = int(lengths.sum())
+        begin = int(self.lengths[:first].sum()) + CHECK_BYTES * first
+        end = begin + length + CHECK_BYTES * (last - first)
+        return Compressed(self.pool, memoryview(self.payload)[begin:end], lengths, length)
 
 
 Stream = tuple[int, int]
@@ -158,29 +153,51 @@ class Zswap:
         The caller has made sure of room (`growth`, `has_segments_for`), and publishes the words.
         """
         stream = (compressed.pool, group)
-        parts: list[Places] = []
-        first = 0
-        while first < len(compressed):
-            segment, builder = self._open.get(stream) or self._open_segment(stream)
-            if first == 0 and compressed.footprint <= builder.room:
-                last = len(compressed)
-            else:
-                last = first + fits(compressed.lengths[first:], builder.room)
-                if last == first:
-                    self.seal(stream)
-                    continue
-            portion = compressed.slice(first, last)
-            offsets = builder.add(numbers[first:last], portion.lengths, portion.payload)
-            self.arena.touched(segment, builder.payload_end, builder.count)
-            self._count[segment] = builder.count
-            self._stamp[segment] = now
-            self.live_bytes[segment] += portion.compressed_bytes
-            self.live_entries[segment] += last - first
-            parts.append(Places.within(segment, offsets, portion.lengths))
-            first = last
+        segment, builder = self._open.get(stream) or self._open_segment(stream)
+        if compressed.footprint <= builder.room:
+            offsets = builder.add(numbers, compressed.lengths, compressed.payload)
+            self._appended(segment, builder, len(compressed), compressed.compressed_bytes, now)
+            places = Places.within(segment, offsets, compressed.lengths)
+        else:
+            places = self._append_across(stream, numbers, compressed, now)
         pool = self.pools[compressed.pool]
         self._account(pool, len(compressed), compressed.compressed_bytes)
-        return parts[0] if len(parts) == 1 else concatenate_places(parts)
+        return places
+
+    def _append_across(
+        self, stream: Stream, numbers: I64, compressed: Compressed, now: float
+    ) -> Places:
+        """Append entries that the open segment has not room enough for to it and to the next."""
+        lengths, payload = compressed.lengths, memoryview(compressed.payload)
+        needs = (lengths + ENTRY_OVERHEAD).cumsum()
+        total = needs.item(-1)
+        addresses = np.empty(len(lengths), np.int64)
+        first = placed = begin = 0
+        while first < len(lengths):
+            segment, builder = self._open.get(stream) or self._open_segment(stream)
+            last = len(lengths)
+            if total - placed > builder.room:
+                last = int(needs.searchsorted(placed + builder.room, "right"))
+            if last == first:
+                self.seal(stream)
+                continue
+            placed = needs.item(last - 1)
+            end = placed - DIRECTORY_ENTRY_BYTES * last
+            offsets = builder.add(numbers[first:last], lengths[first:last], payload[begin:end])
+            addresses[first:last] = offsets + segment * SEGMENT_BYTES
+            entries = last - first
+            self._appended(segment, builder, entries, end - begin - CHECK_BYTES * entries, now)
+            first, begin = last, end
+        return Places(addresses, lengths)
+
+    def _appended(
+        self, segment: int, builder: ImageBuilder, entries: int, length: int, now: float
+    ) -> None:
+        self.arena.touched(segment, builder.payload_end, builder.count)
+        self._count[segment] = builder.count
+        self._stamp[segment] = now
+        self.live_bytes[segment] += length
+        self.live_entries[segment] += entries
 
     def _account(self, pool: Pool, entries: int, length: int) -> None:
         pool.entries += entries

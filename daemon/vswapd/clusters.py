@@ -44,6 +44,9 @@ class SlotSet:
     """Clusters with a FREE slot, in the order in which they became so (a dict: an ordered set)."""
     clusters: set[int] = field(default_factory=set)
     slots: int = 0
+    fresh: int = -1
+    """The cluster that was opened last, as long as none of its slots was freed: its FREE slots are
+    the last ones, and need not be looked for."""
 
 
 class Clusters:
@@ -65,8 +68,13 @@ class Clusters:
         self.in_use = 0
 
     def ids_of(self, numbers: I64) -> U64:
-        """The ids of allocated slots; shape (n,)."""
-        ids: I64 = (self._key[numbers >> CLUSTER_SHIFT] & _PREFIX_MASK) | numbers
+        """The ids of slots as `allocate` returned them; shape (n,)."""
+        cluster = numbers.item(0) >> CLUSTER_SHIFT
+        ids: I64
+        if cluster == numbers.item(-1) >> CLUSTER_SHIFT:
+            ids = numbers | (self._key.item(cluster) & _PREFIX_MASK)
+        else:
+            ids = numbers | (self._key[numbers >> CLUSTER_SHIFT] & _PREFIX_MASK)
         return ids.view(np.uint64)
 
     def resolve(self, owner: int, ids: U64) -> I64:
@@ -100,8 +108,13 @@ class Clusters:
             # The one that became partial last: popping from the end of a dict is what is cheap.
             cluster = next(reversed(slots.partial))
             first = cluster << CLUSTER_SHIFT
-            free = (words[first : first + CLUSTER_SLOTS] == 0).nonzero()[0][:missing]
-            free += first
+            end = first + CLUSTER_SLOTS
+            if cluster == slots.fresh:
+                begin = first + self._used.item(cluster)
+                free = np.arange(begin, min(begin + missing, end))
+            else:
+                free = (words[first:end] == 0).nonzero()[0][:missing]
+                free += first
             missing -= self._claim(slots, cluster, free, parts)
         while missing:
             cluster = self._open(slots)
@@ -109,6 +122,7 @@ class Clusters:
             missing -= self._claim(
                 slots, cluster, np.arange(first, first + min(missing, CLUSTER_SLOTS)), parts
             )
+            slots.fresh = cluster
         slots.slots += count
         return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.empty(0, np.int64)])
 
@@ -132,6 +146,8 @@ class Clusters:
     def release(self, slots: SlotSet, numbers: I64) -> None:
         """Take back slots whose words have just been made FREE; distinct, shape (n,)."""
         clusters, counts = np.unique(numbers >> CLUSTER_SHIFT, return_counts=True)
+        if slots.fresh in clusters:
+            slots.fresh = -1
         before = self._used[clusters]
         after = before - counts.astype(np.uint16)
         self._used[clusters] = after
@@ -144,7 +160,7 @@ class Clusters:
 
     def _claim(self, slots: SlotSet, cluster: int, numbers: I64, parts: list[I64]) -> int:
         parts.append(numbers)
-        used = int(self._used[cluster]) + len(numbers)
+        used = self._used.item(cluster) + len(numbers)
         self._used[cluster] = used
         if used == CLUSTER_SLOTS:
             slots.partial.pop(cluster, None)

@@ -75,7 +75,7 @@ class _Moving:
         lengths = self.directory.lengths
         ends = starts + CHECK_BYTES + lengths
         parts = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return Compressed(pool, parts, 1, lengths, int(lengths.sum()))
+        return Compressed(pool, b"".join(parts), lengths, int(lengths.sum()))
 
     def sound(self) -> bool:
         """Whether every entry agrees with its check."""

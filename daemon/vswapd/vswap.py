@@ -55,7 +55,7 @@ from vswapd.verify import VerifyReport, verify
 from vswapd.writeback import Cause, Stop, Writeback, Written
 from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places
 from vswapd_backends.codec import CorruptError, UnknownCodecError
-from vswapd_backends.segment import entry_parts
+from vswapd_backends.segment import payload_of
 from vswapd_backends.swapdev import SwapDevices
 from vswapd_backends.zero import ZERO_PAGE, zero_pages
 from vswapd_backends.zpool import ZPool
@@ -189,22 +189,20 @@ class Engine:
                 f"a folio is n * {PAGE_BYTES} bytes, n from 1 to {MAX_BATCH}; these are {len(view)}"
             )
         zero = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
-        if zero is None:
-            chosen = list(map(view.__getitem__, _PAGE_SLICES[:count]))
-        else:
-            left = np.flatnonzero(~zero).tolist()
-            if not left:
+        spans = _PAGE_SLICES[:count]
+        if zero is not None:
+            spans = [spans[i] for i in np.flatnonzero(~zero).tolist()]
+            if not spans:
                 return Folio(count, zero, None)
-            chosen = [view[_PAGE_SLICES[i]] for i in left]
         pool = self.core.zswap.current
-        entries = pool.codec.compress(chosen)
+        entries = pool.codec.compress(map(view.__getitem__, spans))
         lengths = np.fromiter(map(len, entries), np.int64, len(entries))
         if lengths.max() >= PAGE_BYTES:
             raw = np.flatnonzero(lengths >= PAGE_BYTES)
             for index in raw.tolist():
-                entries[index] = bytes(chosen[index])
+                entries[index] = bytes(view[spans[index]])
             lengths[raw] = PAGE_BYTES
-        compressed = Compressed(pool.index, entry_parts(entries), 2, lengths, int(lengths.sum()))
+        compressed = Compressed(pool.index, payload_of(entries), lengths, int(lengths.sum()))
         return Folio(count, zero, compressed)
 
     def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:

@@ -430,8 +430,7 @@ class Writeback:
         addresses = left.offsets + segment * SEGMENT_BYTES
         compressed = Compressed(
             stream[0],
-            zswap.stored(addresses, left.lengths),
-            1,
+            b"".join(zswap.stored(addresses, left.lengths)),
             left.lengths,
             int(left.lengths.sum()),
         )

@@ -53,6 +53,8 @@ def test_payload_and_directory_that_meet_are_not_counted_twice() -> None:
     segment = pool.take()
     _write(pool, segment, SEGMENT_BYTES - 808, 101)
     assert pool.resident_bytes == SEGMENT_BYTES
+    pool.finished(segment, SEGMENT_BYTES - 808, 101)
+    assert pool.resident_bytes == SEGMENT_BYTES
     assert _agrees(pool)
 
 
@@ -92,8 +94,10 @@ def test_what_a_warm_segment_did_not_need_is_given_back_when_it_is_finished() ->
     assert pool.take() == segment
     _write(pool, segment, 100, 1)
     assert pool.resident_bytes == 32 * PAGE_BYTES
-    pool.finished(segment, 100, 1)
-    assert pool.resident_bytes == 2 * PAGE_BYTES
+    _write(pool, segment, 100, 1025)
+    assert pool.resident_bytes == 33 * PAGE_BYTES
+    pool.finished(segment, 100, 1025)
+    assert pool.resident_bytes == 4 * PAGE_BYTES
     assert _agrees(pool)
     view = pool.segment_view(segment)
     assert bytes(view[:100]) == b"\x11" * 100

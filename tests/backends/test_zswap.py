@@ -381,6 +381,24 @@ def test_sealing_a_stream_without_live_entries_returns_the_segment() -> None:
     assert zswap.all_segments().tolist() == []
 
 
+@pytest.mark.parametrize("adopted", [True, False])
+def test_a_finished_segment_keeps_only_the_memory_that_it_uses(*, adopted: bool) -> None:
+    """A warm segment that was taken over gives back the rest when it is sealed or adopted."""
+    zswap = _zswap()
+    zswap.give_up(_fill_segment(zswap))
+    assert zswap.resident_bytes == SEGMENT_BYTES
+    compressed = compress(zswap, pages_of("repeat", 2))
+    if adopted:
+        segment, builder = zswap.new_segment((0, 0))
+        builder.add(np.arange(2), compressed.lengths, compressed.payload)
+        zswap.adopt(segment, builder, age=1, stamp=0.0)
+    else:
+        zswap.append(0, np.arange(2), compressed, 0.0)
+        zswap.seal((0, 0))
+    assert zswap.resident_bytes == zswap.in_use_bytes == 2 * PAGE_BYTES
+    assert zswap.arena.region.resident_bytes == 2 * PAGE_BYTES
+
+
 def test_sequences_are_never_used_twice() -> None:
     """Segments and extents draw their numbers from one source."""
     zswap = _zswap()

@@ -45,7 +45,7 @@ class ZswapMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.zswap = Zswap(ZPool(6 * MIB), "lz4")
+        self.zswap = Zswap(ZPool(2 * MIB), "lz4")
         self.model = Model()
         self.made = 0
         self.now = 0.0
@@ -54,7 +54,7 @@ class ZswapMachine(RuleBasedStateMachine):
         group=st.integers(0, 2),
         spec=st.sampled_from(["lz4", "zstd:1"]),
         kind=st.sampled_from(["text", "noise", "repeat"]),
-        count=st.sampled_from([1, 2, 30, 64, 150]),
+        count=st.sampled_from([1, 2, 30, 64, 400]),
     )
     def append(self, group: int, spec: str, kind: str, count: int) -> None:
         pages = [page(kind, (self.made + i) % 1000) for i in range(count)]

@@ -49,7 +49,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 BESIDE = ("ctl", "config", "host", "metrics", "journal", "notify", "peer", "sizes")
 
 # What of the devices is contract or plain data; the other modules there are devices.
-DEVICE_BORDER = frozenset({"vswapd_blockdev.device", "vswapd_blockdev.extents"})
+DEVICE_BORDER = frozenset(
+    {"vswapd_blockdev.buffers", "vswapd_blockdev.device", "vswapd_blockdev.extents"}
+)
 # What only pushes bytes and words around, and so may do no input or output of its own.
 PURE = (
     "vswap.protocol",

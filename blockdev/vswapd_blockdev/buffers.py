@@ -21,11 +21,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, RUN_EXTENTS
 
 _HUGE: Final = 2 << 20
-SCRATCH_BYTES: Final = EXTENT_BYTES + BLOCK_BYTES
-"""An extent, and what some ciphers want to have behind their output."""
+RUN_BYTES: Final = RUN_EXTENTS * EXTENT_BYTES
+"""The most that one write takes."""
+SCRATCH_BYTES: Final = RUN_BYTES + BLOCK_BYTES
+"""That, and what some ciphers want to have behind their output."""
 
 
 def aligned(length: int) -> memoryview:
@@ -33,34 +35,31 @@ def aligned(length: int) -> memoryview:
     return _from_multiple(np.empty(length + BLOCK_BYTES, np.uint8), BLOCK_BYTES)[:length]
 
 
+def huge(length: int) -> memoryview:
+    """`length` bytes of zeros, at most a huge page, that lie in one if the kernel has one."""
+    assert length <= _HUGE
+    # Twice the size, so that a whole huge page is in it; the rest is never touched.
+    fresh = mmap.mmap(-1, 2 * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        fresh.madvise(mmap.MADV_HUGEPAGE)
+    return _from_multiple(np.frombuffer(fresh, np.uint8), _HUGE)[:length]
+
+
 class Scratch(threading.local):
-    """One buffer of SCRATCH_BYTES per thread, aligned to blocks, for use within one call."""
+    """One buffer of SCRATCH_BYTES per thread, aligned to blocks, for use within one call.
+
+    It is made when it is first needed: most threads write to one device of several.
+    """
 
     def __init__(self) -> None:
-        self.buffer = _slab.take()
+        self._buffer: memoryview | None = None
 
-
-class _Slab:
-    """Cuts huge pages into scratch buffers; a page goes when the last buffer in it does."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._rest = memoryview(b"")
-
-    def take(self) -> memoryview:
-        with self._lock:
-            if len(self._rest) < SCRATCH_BYTES:
-                # Twice the size, so that a whole huge page is in it; the rest is never touched.
-                fresh = mmap.mmap(-1, 2 * _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                with contextlib.suppress(OSError):  # a kernel without huge pages
-                    fresh.madvise(mmap.MADV_HUGEPAGE)
-                self._rest = _from_multiple(np.frombuffer(fresh, np.uint8), _HUGE)[:_HUGE]
-            taken = self._rest[:SCRATCH_BYTES]
-            self._rest = self._rest[SCRATCH_BYTES:]
-            return taken
-
-
-_slab: Final = _Slab()
+    @property
+    def buffer(self) -> memoryview:
+        """The calling thread's."""
+        if self._buffer is None:
+            self._buffer = huge(SCRATCH_BYTES)
+        return self._buffer
 
 
 def _from_multiple(room: npt.NDArray[np.uint8], unit: int) -> memoryview:

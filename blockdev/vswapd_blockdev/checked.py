@@ -15,6 +15,7 @@ from typing import Final
 from vswapd_blockdev.device import (
     BLOCK_BYTES,
     EXTENT_BYTES,
+    RUN_EXTENTS,
     BlockDevice,
     DeviceError,
     ReadError,
@@ -62,6 +63,13 @@ class CheckedDevice:
         assert length > 0, "nothing is read or written"
         assert 0 <= offset <= EXTENT_BYTES - length, f"{offset} + {length} is beyond the extent"
 
+    def _check_run(self, extent: int, offset: int, length: int) -> None:
+        count, rest = divmod(length, EXTENT_BYTES)
+        assert rest == 0, f"length {length} is beyond the extent, and not of extents"
+        assert offset == 0, f"offset {offset}: a run begins where an extent does"
+        assert count <= RUN_EXTENTS, f"{count} extents are too long a run"
+        assert 0 <= extent <= self.extents - count, f"{extent} + {count} is beyond the device"
+
     def read(self, extent: int, offset: int, length: int) -> memoryview:
         """See BlockDevice."""
         self._check(extent, offset, length)
@@ -76,7 +84,10 @@ class CheckedDevice:
         """See BlockDevice."""
         view = memoryview(data)
         assert view.contiguous, "the bytes to be written are scattered"
-        self._check(extent, offset, view.nbytes)
+        if view.nbytes <= EXTENT_BYTES:
+            self._check(extent, offset, view.nbytes)
+        else:
+            self._check_run(extent, offset, view.nbytes)
         with self._call(WriteError):
             self.device.write(extent, offset, data)
 

@@ -1,7 +1,8 @@
 """The contract of a swap device: extents of 256 KiB that are read, written and discarded.
 
 What every device promises (and `CheckedDevice` asserts, for each of them):
-- Offsets and lengths are multiples of BLOCK_BYTES and stay inside the extent; no length is 0.
+- Offsets and lengths are multiples of BLOCK_BYTES and stay inside the extent; no length is 0. Only
+  a write of 2 to RUN_EXTENTS whole extents, from the beginning of one, goes on over its neighbours.
 - `read` returns exactly the bytes of the last successful `write`, or raises ReadError. Whether they
   are the right ones is for the reader's checksum to say: a device can lie.
 - `write` returns only when the bytes will be read back by a later `read`; it raises WriteError
@@ -24,6 +25,12 @@ EXTENT_BYTES: Final = 256 * 1024
 """One extent holds one segment image (design: the unit of allocation, writeback, device space)."""
 BLOCK_BYTES: Final = 4096
 """Alignment of every read and write: what O_DIRECT wants on any disk, and one encryption unit."""
+
+
+RUN_EXTENTS: Final = 4
+"""Extents that one write can fill. One request of 1 MiB keeps a disk as busy as four of 256 KiB,
+and the thread that waits for it needs the interpreter once instead of four times: each time it
+waits for whoever runs in it. Writeback by runs of 1, 4: 0.59, 0.95 of the speed of plain writes."""
 
 
 class DeviceError(Exception):
@@ -74,10 +81,10 @@ class BlockDevice(Protocol):
         """
 
     def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """Put `data` at `offset` of an extent.
+        """Put `data` at `offset` of an extent, or over up to RUN_EXTENTS whole ones from it on.
 
         Raises:
-            WriteError: an I/O error, or no room.
+            WriteError: an I/O error, or no room. Of which extent, the error does not say.
         """
 
     def discard(self, extent: int, count: int = 1) -> None:

@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from vswapd_blockdev.device import BLOCK_BYTES, BlockDevice, ReadError, WriteError
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, BlockDevice, ReadError, WriteError
 
 Kind = Literal["read", "write", "discard"]
 FLIPPED_BYTE: Final = 64
@@ -108,7 +108,14 @@ class FaultyDevice:
     def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
         """See BlockDevice."""
         view = memoryview(data).cast("B")
-        fails = self._enter("write", extent, offset, len(view)) or extent in self.faults.bad_writes
+        fails = self._enter("write", extent, offset, len(view))
+        for start in range(0, len(view), EXTENT_BYTES):
+            part = view[start : start + EXTENT_BYTES]
+            self._write(extent + start // EXTENT_BYTES, offset, part, fails=fails)
+
+    def _write(self, extent: int, offset: int, view: memoryview, *, fails: bool) -> None:
+        """One extent of a write, and what goes wrong with it."""
+        fails = fails or extent in self.faults.bad_writes
         if fails or extent in self.faults.torn_writes:
             half = len(view) // BLOCK_BYTES // 2 * BLOCK_BYTES
             if half and (self.faults.tear or not fails):

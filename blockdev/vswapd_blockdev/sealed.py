@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB, XTS
 
 from vswapd_blockdev.buffers import Scratch
-from vswapd_blockdev.device import BLOCK_BYTES, BlockDevice
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, BlockDevice
 
 KEY_BYTES: Final = 64
 """Two keys of 256 bits: the first for contents, the second for tweaks."""
@@ -102,7 +102,10 @@ class SealedDevice:
         """See BlockDevice."""
         view = memoryview(data).cast("B")
         sealed = self._scratch.buffer
-        self._cipher(extent, offset).encryptor().update_into(view, sealed)
+        for start in range(0, len(view), EXTENT_BYTES):
+            # The cipher wants room for one block more than it fills: what follows fills that.
+            cipher = self._cipher(extent + start // EXTENT_BYTES, offset)
+            cipher.encryptor().update_into(view[start : start + EXTENT_BYTES], sealed[start:])
         self._device.write(extent, offset, sealed[: len(view)])
 
     def discard(self, extent: int, count: int = 1) -> None:

@@ -19,7 +19,7 @@ import errno
 import os
 from typing import Final
 
-from vswapd_blockdev.buffers import Scratch, aligned
+from vswapd_blockdev.buffers import RUN_BYTES, Scratch, aligned
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, ReadError, WriteError
 from vswapd_blockdev.header import DATA_OFFSET
 from vswapd_blockdev.opening import NO_BOOT, Opened, open_swap_device
@@ -74,7 +74,8 @@ class SwapFile:
     def _position(self, extent: int, offset: int, length: int) -> int:
         assert 0 <= extent < self.extents
         assert offset % BLOCK_BYTES == length % BLOCK_BYTES == 0
-        assert 0 <= offset < offset + length <= EXTENT_BYTES
+        assert 0 <= offset < offset + length
+        assert offset + length <= EXTENT_BYTES or (offset == 0 and length <= RUN_BYTES)
         return DATA_OFFSET + extent * EXTENT_BYTES + offset
 
     def read(self, extent: int, offset: int, length: int) -> memoryview:

@@ -23,9 +23,10 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
-from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoBatch, IoKind, IoRequest, Places
+from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoKind, IoRequest, Places
 from vswapd_backends.segment import Directory, ImageBuilder
 from vswapd_backends.zswap import Stream
+from vswapd_blockdev.device import RUN_EXTENTS, BlockDevice
 
 WHOLE_AT_ONCE: Final = 8
 """Segments per operation. Microseconds of one core per extent, all but the write itself, medians of
@@ -107,15 +108,18 @@ class WholeSegments:
         return self._cut(batch, int(np.searchsorted(sums, allowance, side="right")))
 
     def images(
-        self, batch: WholeBatch, numbers: list[int], stream: Stream, buffers: list[memoryview]
-    ) -> IoBatch:
-        """Images of the batch's segments in `buffers`, and the writes that put them in place."""
+        self, batch: WholeBatch, numbers: list[int], stream: Stream, buffer: memoryview
+    ) -> list[IoRequest]:
+        """Images of the batch's segments in `buffer`, and the writes that put them in place.
+
+        The writes are in the batch's order; one covers as many extents as are neighbours.
+        """
         core = self._core
-        requests = []
+        requests: list[IoRequest] = []
         for index, (segment, number) in enumerate(zip(batch.segments, numbers, strict=True)):
             entry, extent = core.devices.device_of(number)
             builder = ImageBuilder(
-                buffers[index],
+                buffer[index * SEGMENT_BYTES : (index + 1) * SEGMENT_BYTES],
                 codec=core.zswap.pools[stream[0]].codec.spec,
                 sequence=core.zswap.next_sequence(),
                 group=stream[1],
@@ -133,10 +137,16 @@ class WholeSegments:
             )
             builder.finish()
             entry.sequence[extent] = builder.sequence
-            requests.append(
-                IoRequest(IoKind.WRITE, entry.device, extent, 0, SEGMENT_BYTES, builder.buffer)
-            )
-        return IoBatch(requests)
+            last = requests[-1] if requests else None
+            if last is not None and _goes_on(last, entry.device, extent):
+                last.length += SEGMENT_BYTES
+                end = (index + 1) * SEGMENT_BYTES
+                last.data = buffer[end - last.length : end]
+            else:
+                requests.append(
+                    IoRequest(IoKind.WRITE, entry.device, extent, 0, SEGMENT_BYTES, builder.buffer)
+                )
+        return requests
 
     def flip(self, batch: WholeBatch, numbers: list[int], good: list[bool], group: Group) -> int:
         """Let the words of the images that were written name their extents; returns how many."""
@@ -166,3 +176,42 @@ class WholeSegments:
             of[starts].tolist(), entries.tolist(), lengths.tolist(), strict=True
         ):
             self._core.devices.keep(number, count, length)
+
+
+def _goes_on(request: IoRequest, device: BlockDevice, extent: int) -> bool:
+    """Whether a write can take the extent's image along."""
+    count = request.length // SEGMENT_BYTES
+    return request.device is device and request.extent + count == extent and count < RUN_EXTENTS
+
+
+def one_by_one(writes: list[IoRequest]) -> list[IoRequest]:
+    """What failed of writes that covered several extents, again, each extent by itself.
+
+    The error does not say which of them it was, and one bad extent must not take the others along.
+    """
+    return [
+        IoRequest(
+            IoKind.WRITE,
+            write.device,
+            write.extent + at // SEGMENT_BYTES,
+            0,
+            SEGMENT_BYTES,
+            memoryview(write.data)[at : at + SEGMENT_BYTES],
+        )
+        for write in writes
+        if write.error is not None and write.length > SEGMENT_BYTES
+        for at in range(0, write.length, SEGMENT_BYTES)
+    ]
+
+
+def outcomes(writes: list[IoRequest], alone: list[IoRequest]) -> list[bool]:
+    """Whether each extent of a batch was written: at once, or in the end by itself."""
+    second = iter(alone)
+    good: list[bool] = []
+    for write in writes:
+        count = write.length // SEGMENT_BYTES
+        if write.error is None or count == 1:
+            good += [write.error is None] * count
+        else:
+            good += [next(second).error is None for _ in range(count)]
+    return good

@@ -27,7 +27,7 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
-from vswapd.whole_segments import WHOLE_AT_ONCE, WholeBatch, WholeSegments
+from vswapd.whole_segments import WHOLE_AT_ONCE, WholeBatch, WholeSegments, one_by_one, outcomes
 from vswapd_backends.base import (
     I64,
     PAGE_BYTES,
@@ -44,6 +44,7 @@ from vswapd_backends.base import (
 from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits
 from vswapd_backends.swapdev import image_writes
 from vswapd_backends.zswap import Compressed, Stream
+from vswapd_blockdev.buffers import huge
 
 
 class Cause(Enum):
@@ -106,24 +107,24 @@ those of the other are written."""
 
 
 class ImageBuffers:
-    """Buffers of one extent each, reused: a fresh one costs 64 page faults."""
+    """Block-aligned buffers for images, reused: a fresh one costs 64 page faults per extent.
+
+    Who takes one finds another image's bytes in it: `ImageBuilder` lets none of them out.
+    """
 
     def __init__(self) -> None:
-        self._free: list[memoryview] = []
+        self._free: Final[dict[int, list[memoryview]]] = {1: [], WHOLE_AT_ONCE: []}
 
-    def take(self) -> memoryview:
-        """A block-aligned buffer of SEGMENT_BYTES zeros."""
-        if self._free:
-            return self._free.pop()
-        raw = np.zeros(SEGMENT_BYTES + 4096, np.uint8)
-        start = -raw.ctypes.data % 4096
-        return memoryview(raw.data)[start : start + SEGMENT_BYTES]
+    def take(self, extents: int = 1) -> memoryview:
+        """A buffer of one extent, or of WHOLE_AT_ONCE."""
+        free = self._free[extents]
+        return free.pop() if free else huge(extents * SEGMENT_BYTES)
 
     def give(self, buffer: memoryview) -> None:
-        """Take a buffer back; its bytes are wiped, so that no image carries another's pages."""
-        np.frombuffer(buffer, np.uint8)[:] = 0
-        if len(self._free) < PIPELINE * WHOLE_AT_ONCE:
-            self._free.append(buffer)
+        """Take a buffer back."""
+        free = self._free[len(buffer) // SEGMENT_BYTES]
+        if len(free) < PIPELINE:
+            free.append(buffer)
 
 
 class Writeback:
@@ -210,19 +211,18 @@ class Writeback:
         numbers = [core.devices.take(*stream, 0) for _ in batch.segments]
         taken = [number for number in numbers if number is not None]
         assert len(taken) == len(batch.segments), "ready_extents has counted them"
-        buffers = [self.buffers.take() for _ in taken]
+        buffer = self.buffers.take(WHOLE_AT_ONCE)
         pending = int(batch.directory.lengths.sum())
         group.device_pending += pending
         for segment in batch.segments:
             core.zswap.pin(segment)
         try:
-            writes = self._whole.images(batch, taken, stream, buffers)
-            self.in_flight += 1
-            try:
-                yield writes
-            finally:
-                self.in_flight -= 1
-            good = [request.error is None for request in writes.requests]
+            writes = self._whole.images(batch, taken, stream, buffer)
+            yield from self.write(writes)
+            alone = one_by_one(writes)
+            if alone:
+                yield from self.write(alone)
+            good = outcomes(writes, alone)
             for number, well in zip(taken, good, strict=True):
                 if not well:
                     core.devices.fail(number)
@@ -239,8 +239,7 @@ class Writeback:
                 core.devices.unpin(number)
             for segment in batch.segments:
                 core.zswap.unpin(segment)
-            for buffer in buffers:
-                self.buffers.give(buffer)
+            self.buffers.give(buffer)
         stopped = None if any(good) else Stop.DEVICE_ERROR
         return Written(SEGMENT_BYTES * sum(good), pages, moved, stopped)
 

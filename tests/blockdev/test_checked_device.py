@@ -8,7 +8,13 @@ from collections.abc import Callable
 import pytest
 
 from vswapd_blockdev.checked import CheckedDevice
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, ReadError, WriteError
+from vswapd_blockdev.device import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    RUN_EXTENTS,
+    ReadError,
+    WriteError,
+)
 from vswapd_blockdev.faulty import FaultyDevice
 from vswapd_blockdev.memory import MemoryDevice
 
@@ -98,6 +104,20 @@ def test_wrong_errors() -> None:
         CheckedDevice(_Wrong(_raises(ReadError("memory", "x")))).read(0, 0, BLOCK_BYTES)
     with pytest.raises(WriteError):
         CheckedDevice(_Wrong(_raises(WriteError("memory", "x")))).write(0, 0, BLOCK)
+
+
+def test_runs_are_of_whole_extents() -> None:
+    """A write goes on over the next extents only whole, from a beginning, and not too far."""
+    device = CheckedDevice(MemoryDevice(RUN_EXTENTS + 2))
+    device.write(2, 0, bytes(RUN_EXTENTS * EXTENT_BYTES))
+    for extent, offset, length in (
+        (0, 0, EXTENT_BYTES + BLOCK_BYTES),
+        (0, BLOCK_BYTES, 2 * EXTENT_BYTES),
+        (0, 0, (RUN_EXTENTS + 1) * EXTENT_BYTES),
+        (RUN_EXTENTS + 1, 0, 2 * EXTENT_BYTES),
+    ):
+        with pytest.raises(AssertionError):
+            device.write(extent, offset, bytes(length))
 
 
 def test_closed() -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from vswapd_blockdev.checked import CheckedDevice
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, BlockDevice
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, RUN_EXTENTS, BlockDevice
 
 BLOCKS = EXTENT_BYTES // BLOCK_BYTES
 
@@ -58,6 +58,22 @@ def test_write_leaves_other_blocks_alone(device: CheckedDevice) -> None:
     expected[1][10 * BLOCK_BYTES : 13 * BLOCK_BYTES] = new
     for extent, data in enumerate(expected):
         assert device.read(extent, 0, EXTENT_BYTES) == data
+
+
+@pytest.mark.parametrize("count", range(2, RUN_EXTENTS + 1))
+def test_a_write_goes_on_over_neighbours(device: CheckedDevice, count: int) -> None:
+    """Whole extents written at once read as if each had been by itself; those around stay."""
+    for extent in range(device.extents):
+        device.write(extent, 0, blocks(BLOCKS, extent))
+    first = device.extents - count
+    data = blocks(count * BLOCKS, 77)
+    device.write(first, 0, data)
+    for extent in range(first):
+        assert device.read(extent, 0, EXTENT_BYTES) == blocks(BLOCKS, extent)
+    for index in range(count):
+        part = data[index * EXTENT_BYTES : (index + 1) * EXTENT_BYTES]
+        assert device.read(first + index, 0, EXTENT_BYTES) == part
+        assert device.read(first + index, BLOCK_BYTES, BLOCK_BYTES) == part[BLOCK_BYTES:][:4096]
 
 
 def test_random_operations(device: CheckedDevice) -> None:

@@ -144,3 +144,14 @@ def test_records_all() -> None:
         ("read", 0, 0, BLOCK_BYTES),
         ("discard", 0, 0, 2),
     ]
+
+
+def test_one_bad_extent_fails_a_run() -> None:
+    """A write over several extents fails if one of them is bad; those before it are written."""
+    faulty = FaultyDevice(MemoryDevice(4), Faults(bad_writes={2}))
+    device = CheckedDevice(faulty)
+    with pytest.raises(WriteError, match="extent 2"):
+        device.write(1, 0, b"\1" * (3 * EXTENT_BYTES))
+    assert device.read(1, 0, BLOCK_BYTES) == ONES[:BLOCK_BYTES]
+    assert device.read(3, 0, BLOCK_BYTES) == bytes(BLOCK_BYTES)
+    assert faulty.operations[0] == ("write", 1, 0, 3 * EXTENT_BYTES)

@@ -31,7 +31,7 @@ from vswapd.writeback import Written
 from vswapd_backends.base import PAGE_BYTES, U64, run
 from vswapd_backends.segment import CHECK_BYTES
 from vswapd_backends.swapdev import SwapDevice
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, ReadError, WriteError
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, RUN_EXTENTS, ReadError, WriteError
 
 MIB: Final = 1 << 20
 KIB: Final = 1 << 10
@@ -143,7 +143,14 @@ class UnkindDevice:
         return memoryview(bytes(self.data[span]))
 
     def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
-        span = self._span(extent, offset, len(data))
+        if len(data) > EXTENT_BYTES:
+            count, rest = divmod(len(data), EXTENT_BYTES)
+            assert rest == offset == 0
+            assert 1 < count <= min(RUN_EXTENTS, self.extents - extent)
+            start = extent * EXTENT_BYTES
+            span = slice(start, start + len(data))
+        else:
+            span = self._span(extent, offset, len(data))
         self.writes += 1
         if self.fails is not None and self.fails("write", self.writes):
             self.data[span] = b"\xee" * len(data)

@@ -165,10 +165,10 @@ def test_an_extent_without_live_entries_is_discarded_before_it_is_free() -> None
     devices, (device,) = _devices(3)
     numbers = [_take(devices) for _ in range(2)]
     for number in numbers:
-        devices.keep(number, 1, 50)
+        devices.keep(number, 3, 150)
         devices.unpin(number)
     assert not devices.discards_waiting
-    devices.give_up(_place(numbers[0]))
+    devices.give_up(_place(numbers[0], 3))
     assert devices.discards_waiting
     assert (devices.free_extents, devices.ready_extents) == (1, 0)
     operation = devices.discard()

@@ -175,12 +175,13 @@ def test_a_plan_pins_what_it_reads() -> None:
 def test_a_read_error_is_for_the_entries_that_it_hits() -> None:
     """Entries of a failed request are missing, the others are there; the error is counted once."""
     stock = _stock(4)
-    stock.kept[1].fails = lambda kind, _: kind == "read"
+    stock.kept[0].fails = lambda kind, _: kind == "read"
     found = stock.read(np.arange(len(stock.bodies)))
-    on_first = stock.places.number < (1 << 24)
-    assert [entry is not None for entry in found] == on_first.tolist()
-    assert [entry.read_errors for entry in stock.devices] == [0, 3]
-    stock.kept[1].fails = None
+    on_first = (stock.places.number < (1 << 24)).tolist()
+    expected = [None if lost else body for body, lost in zip(stock.bodies, on_first, strict=True)]
+    assert found == expected
+    assert [entry.read_errors for entry in stock.devices] == [3, 0]
+    stock.kept[0].fails = None
     assert stock.read(np.arange(len(stock.bodies))) == stock.bodies
 
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from vswapd.core import Core
 from vswapd.groups import Group
+from vswapd.image_buffers import ImageBuffers
 from vswapd.swap_table import Tag, referenced
 from vswapd.whole_segments import WHOLE_AT_ONCE, WholeBatch, WholeSegments, one_by_one, outcomes
 from vswapd_backends.base import (
@@ -44,7 +45,6 @@ from vswapd_backends.base import (
 from vswapd_backends.segment import ENTRY_OVERHEAD, ImageBuilder, fits
 from vswapd_backends.swapdev import image_writes
 from vswapd_backends.zswap import Compressed, Stream
-from vswapd_blockdev.buffers import huge
 
 
 class Cause(Enum):
@@ -106,34 +106,13 @@ PIPELINE: Final = 2
 those of the other are written."""
 
 
-class ImageBuffers:
-    """Block-aligned buffers for images, reused: a fresh one costs 64 page faults per extent.
-
-    Who takes one finds another image's bytes in it: `ImageBuilder` lets none of them out.
-    """
-
-    def __init__(self) -> None:
-        self._free: Final[dict[int, list[memoryview]]] = {1: [], WHOLE_AT_ONCE: []}
-
-    def take(self, extents: int = 1) -> memoryview:
-        """A buffer of one extent, or of WHOLE_AT_ONCE."""
-        free = self._free[extents]
-        return free.pop() if free else huge(extents * SEGMENT_BYTES)
-
-    def give(self, buffer: memoryview) -> None:
-        """Take a buffer back."""
-        free = self._free[len(buffer) // SEGMENT_BYTES]
-        if len(free) < PIPELINE:
-            free.append(buffer)
-
-
 class Writeback:
     """Moves entries from pools to devices."""
 
     def __init__(self, core: Core) -> None:
         self._core = core
         self._whole = WholeSegments(core)
-        self.buffers: Final = ImageBuffers()
+        self.buffers: Final = ImageBuffers((1, WHOLE_AT_ONCE), PIPELINE)
         self.in_flight = 0
         """Operations whose images are being written now."""
 

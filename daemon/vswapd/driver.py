@@ -17,6 +17,7 @@ This module must not know what operations do.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -133,6 +134,11 @@ class _Flight:
         if callback is not None:
             callback()
 
+    @property
+    def done(self) -> bool:
+        """Whether all parts are."""
+        return not self._left
+
     def when_done(self, callback: Callable[[], None]) -> None:
         """Call it when all parts are done: at once if they are."""
         with self._lock:
@@ -237,6 +243,7 @@ class Driver:
         """
         task, need, epoch = pending.task, pending.need, pending.epoch
         loop = asyncio.get_running_loop()
+        begun: list[_Flight] = []
         while True:
             mistake: BaseException | None = None
             try:
@@ -245,11 +252,15 @@ class Driver:
                 elif need is WAIT:
                     mistake = await _once(loop, partial(self._subscribe, epoch))
                 else:
-                    flight = self._begin(need)
+                    flight = self._begin(need, begun)
                     if flight is not None:
                         await _once(loop, flight.when_done)
                         mistake = flight.error
+                if mistake is not None:
+                    await _landed(loop, begun)
             except asyncio.CancelledError:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await _landed(loop, begun)
                 self._close(task)
                 raise
             step = self._step(task, mistake)
@@ -264,6 +275,7 @@ class Driver:
             BaseException: whatever the task raises.
         """
         progress = progress or Progress()
+        begun: list[_Flight] = []
         outcome = self.start(task)
         while isinstance(outcome, Pending):
             need = outcome.need
@@ -272,14 +284,16 @@ class Driver:
             if need is WAIT:
                 mistake = _wait_for(partial(self._subscribe, outcome.epoch))
             elif need is not PAUSE:
-                flight = self._begin(need)
+                flight = self._begin(need, begun)
                 if flight is not None:
                     _wait_for(flight.when_done)
                     mistake = flight.error
+            if progress.stop or mistake is not None:
+                for flight in begun:
+                    _wait_for(flight.when_done)
             progress.waiting = False
             progress.steps += 1
-            # Not while a batch is under way that was begun and is not waited for yet.
-            if progress.stop and mistake is None and not isinstance(need, Submit):
+            if progress.stop and mistake is None:
                 self._close(task)
                 return None
             step = self._step(task, mistake)
@@ -316,10 +330,17 @@ class Driver:
 
     # What tasks need
 
-    def _begin(self, need: Need) -> _Flight | None:
-        """Put a need to the workers; None: there is nothing to wait for."""
+    def _begin(self, need: Need, begun: list[_Flight]) -> _Flight | None:
+        """Put a need to the workers; None: there is nothing to wait for.
+
+        Args:
+            need: what the task has yielded.
+            begun: the task's flights that it does not wait for yet; kept up to date here.
+        """
         if isinstance(need, Submit):
-            need.batch.ticket = self._submit(need.batch)
+            flight = self._submit(need.batch)
+            need.batch.ticket = flight
+            begun[:] = [one for one in (*begun, flight) if one is not None and not one.done]
             return None
         if isinstance(need, IoBatch):
             if isinstance(need.ticket, _Flight):
@@ -385,13 +406,28 @@ async def _once(loop: asyncio.AbstractEventLoop, subscribe: _Subscribe) -> BaseE
     mistake = subscribe(wake)
     if mistake is not None:
         return mistake
-    try:
-        await asyncio.shield(news)
-    except asyncio.CancelledError:
-        # What is under way works on the task's buffers: it cannot be left behind.
-        await news
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not news.done():
+        try:
+            await asyncio.shield(news)
+        except asyncio.CancelledError as error:
+            # What is under way works on the task's buffers: it cannot be left behind.
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
     return None
+
+
+async def _landed(loop: asyncio.AbstractEventLoop, flights: list[_Flight]) -> None:
+    """Wait until all of them have ended: the task is about to clean up what they work on."""
+    cancelled: asyncio.CancelledError | None = None
+    for flight in flights:
+        try:
+            await _once(loop, flight.when_done)
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 def _wait_for(subscribe: _Subscribe) -> BaseException | None:

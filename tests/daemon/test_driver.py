@@ -1,0 +1,301 @@
+"""Who takes a step when: the fair lock, waiting for others, and tasks that are given up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from support.engine import UnkindDevice
+from vswapd.driver import Compute, Driver, FairLock, Pending, Progress, Task
+from vswapd_backends.base import (
+    PAGE_BYTES,
+    PAUSE,
+    WAIT,
+    IoBatch,
+    IoKind,
+    IoRequest,
+    StuckError,
+    Submit,
+)
+
+PATIENCE_S = 20.0
+BLOCK = bytes(PAGE_BYTES)
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    made = Driver()
+    yield made
+    assert made.pending == 0
+    made.close()
+
+
+def _thread(call: Callable[[], Any]) -> threading.Thread:
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+# The fair lock
+
+
+def _until_waited_for(lock: FairLock) -> None:
+    """Until somebody stands at the door; there is no event for that."""
+    end = time.monotonic() + PATIENCE_S
+    while not lock.door.locked():
+        assert time.monotonic() < end, "nobody waits at the door"
+        time.sleep(0)
+
+
+def test_one_at_a_time() -> None:
+    """Nobody is inside together with anybody else, however many want to be."""
+    lock, inside, most, turns = FairLock(), [0], [0], [0]
+
+    def work() -> None:
+        for _ in range(300):
+            with lock:
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0)
+                turns[0] += 1
+                inside[0] -= 1
+
+    threads = [_thread(work) for _ in range(4)]
+    for thread in threads:
+        thread.join()
+    assert (most[0], turns[0]) == (1, 1200)
+
+
+@pytest.mark.parametrize("how", ["lock", "start"])
+def test_who_gives_it_back_comes_after_who_has_waited(driver: Driver, how: str) -> None:
+    """A thread that wants the lock again at once does not get it before one that was waiting."""
+    lock, order = driver.lock, list[str]()
+
+    def wait() -> None:
+        with lock:
+            order.append("waited")
+
+    def again() -> Task[None]:
+        order.append("again")
+        return
+        yield PAUSE
+
+    for _ in range(100):
+        lock.acquire()
+        waiter = _thread(wait)
+        _until_waited_for(lock)
+        lock.release()
+        if how == "start":
+            driver.start(again())
+        else:
+            with lock:
+                order.append("again")
+        waiter.join()
+    assert order == ["waited", "again"] * 100
+
+
+def test_waiting_for_the_lock_can_be_bounded() -> None:
+    """Whoever gives up waiting, at the room or at the door, leaves everything as it was."""
+    lock = FairLock()
+    lock.acquire()
+    assert not lock.acquire(timeout=0.001)
+    assert not lock.door.locked()
+
+    def wait() -> None:
+        with lock:
+            pass
+
+    waiter = _thread(wait)
+    _until_waited_for(lock)
+    assert not lock.acquire(timeout=0.001)
+    lock.release()
+    waiter.join()
+    assert lock.acquire(timeout=PATIENCE_S)
+    lock.release()
+
+
+def test_the_lock_is_given_back_whatever_happens_inside() -> None:
+    """An exception under the lock does not keep it."""
+    lock = FairLock()
+    with pytest.raises(ZeroDivisionError), lock:
+        raise ZeroDivisionError
+    assert lock.acquire(timeout=0)
+    lock.release()
+
+
+# Tasks
+
+
+class Gate(UnkindDevice):
+    """A device of which writes to extent 1 wait until they are let through.
+
+    Writes to extent 0 end when one to extent 1 is under way.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(4)
+        self.events: list[str] = []
+        self.reached = threading.Event()
+        self.open = threading.Event()
+        self.patience_s = PATIENCE_S
+        self.meanwhile: Callable[[], object] = self.reached.is_set
+        """Called when a write to extent 0 ends."""
+
+    def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
+        if extent == 1:
+            self.reached.set()
+            self.open.wait(self.patience_s)
+        else:
+            self.reached.wait(PATIENCE_S)
+            self.meanwhile()
+        super().write(extent, offset, data)
+        self.events.append(f"wrote {extent}")
+
+
+def _write(device: UnkindDevice, extent: int) -> IoBatch:
+    return IoBatch([IoRequest(IoKind.WRITE, device, extent, 0, PAGE_BYTES, BLOCK)])
+
+
+def test_a_task_that_needs_nothing_ends_at_once(driver: Driver) -> None:
+    """Steps that can be taken are taken by the call itself, computations in between too."""
+
+    def task() -> Task[int]:
+        compute = Compute(lambda: 6 * 7)
+        yield compute
+        return compute.result()
+
+    assert driver.start(task()) == 42
+    assert driver.run(task()) == 42
+
+
+def test_the_lock_is_free_while_a_task_waits(driver: Driver) -> None:
+    """Device requests are performed outside of the lock, steps under it."""
+    device = Gate()
+
+    def task() -> Task[bool]:
+        assert driver.lock.room.locked()
+        yield _write(device, 1)
+        return driver.lock.room.locked()
+
+    found: list[bool | None] = []
+    thread = _thread(lambda: found.append(driver.run(task())))
+    device.reached.wait(PATIENCE_S)
+    assert driver.lock.acquire(timeout=PATIENCE_S)
+    driver.lock.release()
+    device.open.set()
+    thread.join()
+    assert found == [True]
+
+
+def test_who_waits_for_others_is_resumed_by_their_next_step(driver: Driver) -> None:
+    """WAIT ends when another pending task has moved on, and not before."""
+    device = Gate()
+    order: list[str] = []
+
+    def other() -> Task[None]:
+        yield _write(device, 1)
+        order.append("moved on")
+
+    def waiting() -> Task[None]:
+        yield WAIT
+        order.append("resumed")
+
+    one = _thread(lambda: driver.run(other()))
+    device.reached.wait(PATIENCE_S)
+    outcome = driver.start(waiting())
+    assert isinstance(outcome, Pending)
+    device.open.set()
+    asyncio.run(driver.finish(outcome))
+    one.join()
+    assert order == ["moved on", "resumed"]
+
+
+def test_waiting_for_nobody_is_told(driver: Driver) -> None:
+    """A task that waits for others where there are none gets an error, not eternity."""
+
+    def waiting() -> Task[None]:
+        yield WAIT
+
+    with pytest.raises(StuckError):
+        driver.run(waiting())
+    outcome = driver.start(waiting())
+    assert isinstance(outcome, Pending)
+    with pytest.raises(StuckError):
+        asyncio.run(driver.finish(outcome))
+
+
+def test_a_stopped_task_is_closed_under_the_lock(driver: Driver) -> None:
+    """A task that is told to stop is given up after its step, and its cleanup has the lock."""
+    progress = Progress()
+    locked: list[bool] = []
+
+    def task() -> Task[None]:
+        try:
+            while True:
+                progress.stop = True
+                yield PAUSE
+        finally:
+            locked.append(driver.lock.room.locked())
+
+    assert driver.run(task(), progress) is None
+    assert locked == [True]
+
+
+def _two_writes(device: Gate) -> Task[None]:
+    """Begins two writes, waits for the first, and notes when it is cleaned up."""
+    try:
+        first, second = _write(device, 0), _write(device, 1)
+        yield Submit(first)
+        yield Submit(second)
+        yield first
+        yield second
+    finally:
+        device.events.append("closed")
+        device.open.set()
+
+
+def test_no_task_is_closed_while_one_of_its_writes_is_under_way(driver: Driver) -> None:
+    """Stopped between two writes that it has begun, a task is closed when both have ended."""
+    device, progress = Gate(), Progress()
+    device.patience_s = 0.2
+    device.meanwhile = lambda: setattr(progress, "stop", True)
+    assert driver.run(_two_writes(device), progress) is None
+    assert device.events == ["wrote 0", "wrote 1", "closed"]
+
+
+def test_no_task_is_cancelled_while_one_of_its_writes_is_under_way(driver: Driver) -> None:
+    """Cancelled in the event loop, a task is closed when all that it has begun has ended."""
+    device = Gate()
+    device.patience_s = 0.2
+
+    async def cancelled() -> None:
+        outcome = driver.start(_two_writes(device))
+        assert isinstance(outcome, Pending)
+        finishing = asyncio.create_task(driver.finish(outcome))
+        await asyncio.to_thread(device.reached.wait, PATIENCE_S)
+        finishing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await finishing
+
+    asyncio.run(cancelled())
+    assert sorted(device.events[:2]) == ["wrote 0", "wrote 1"]
+    assert device.events[2:] == ["closed"]
+
+
+def test_a_mistake_in_a_worker_is_the_tasks(driver: Driver) -> None:
+    """What the device's contract forbids is raised inside the task that asked for it."""
+    device = UnkindDevice(1)
+
+    def task() -> Task[str]:
+        try:
+            yield _write(device, 9)
+        except AssertionError:
+            return "told"
+        return "not told"
+
+    assert driver.run(task()) == "told"

@@ -9,6 +9,8 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from vswapd_blockdev.header import DATA_OFFSET, MIN_BYTES, DeviceHeader, parse_h
 from vswapd_blockdev.swapfile import SwapFile
 
 MIB = 1 << 20
+_NOBODY = 65534
 
 
 @pytest.fixture
@@ -252,16 +255,31 @@ def test_of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(path, f"belongs to uid {os.getuid()}")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
-def test_not_permitted(path: Path) -> None:
+@pytest.fixture
+def as_nobody() -> Iterator[Path]:
+    """This process, root or not, as somebody who may not do everything; a folder of theirs."""
+    with tempfile.TemporaryDirectory() as folder:
+        if os.geteuid() != 0:
+            yield Path(folder)
+            return
+        os.chown(folder, _NOBODY, -1)
+        os.seteuid(_NOBODY)
+        try:
+            yield Path(folder)
+        finally:
+            os.seteuid(0)
+
+
+def test_not_permitted(as_nobody: Path) -> None:
     """What this user may not open, and where they may not make files, is refused."""
+    path = as_nobody / "swap"
     path.touch()
     path.chmod(0)
     with pytest.raises(OpenError, match="cannot be opened: Permission denied"):
         SwapFile.open(str(path), size=2 * MIB)
-    path.parent.chmod(0o500)
+    as_nobody.chmod(0o500)
     refused(path.with_name("other"), "cannot be opened: Permission denied")
-    path.parent.chmod(0o700)
+    as_nobody.chmod(0o700)
 
 
 def test_locked_against_itself(path: Path) -> None:

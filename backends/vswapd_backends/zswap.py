@@ -376,6 +376,11 @@ class Zswap:
         """The stream that a segment belongs to."""
         return int(self._pool[segment]), int(self._group[segment])
 
+    def streams_of(self, segments: I64) -> I64:
+        """A number per segment that only those of its own stream have; shape (n,)."""
+        found: I64 = (self._pool[segments] << 32) | self._group[segments]
+        return found
+
     def pools_of(self, segments: I64) -> I64:
         """The pool indices of n segments."""
         found: I64 = self._pool[segments]

@@ -111,7 +111,9 @@ class Compaction:
     def _choose(self) -> I64:
         """Sparse sealed segments of one stream, the sparsest, enough to fill one; by age.
 
-        Empty if packing all sparse segments of that stream would not free enough.
+        The stream is the one that packing frees the most of; empty if that is not enough. (Not the
+        one with the sparsest segment: a small one that nothing can be done about would keep the
+        dead entries of all others in memory.)
         """
         zswap = self._core.zswap
         none = np.empty(0, np.int64)
@@ -120,15 +122,18 @@ class Compaction:
         # Measured against what they occupy: a segment sealed early is small, not sparse.
         occupied = zswap.arena.occupied(segments)
         share = need / np.maximum(occupied, 1)
-        if not (share < SPARSE).any():
+        sparse = np.flatnonzero(share < SPARSE)
+        if not len(sparse):
             return none
-        stream = zswap.stream_of(int(segments[np.argmin(share)]))
-        which = np.flatnonzero((share < SPARSE) & zswap.in_stream(segments, stream))
+        _, of = np.unique(zswap.streams_of(segments[sparse]), return_inverse=True)
+        total = np.bincount(of, need[sparse])
+        packed = np.minimum(np.ceil(total / CAPACITY) * SEGMENT_BYTES, total + _EDGES)
+        gain = np.bincount(of, occupied[sparse]) - packed
+        stream = int(np.argmax(gain))
+        if gain[stream] < LEAST_GAIN:
+            return none
+        which: I64 = sparse[of == stream]
         order = which[np.argsort(share[which], kind="stable")]
-        total = int(need[order].sum())
-        packed = -(-total // CAPACITY) * SEGMENT_BYTES
-        if int(occupied[order].sum()) - min(packed, total + _EDGES) < LEAST_GAIN:
-            return none
         count = int(np.searchsorted(np.cumsum(need[order]), CAPACITY, side="right")) + 1
         picked = segments[order[:count]]
         ages = np.array([zswap.age_of(s) for s in picked.tolist()])

@@ -206,7 +206,10 @@ class DeviceMoves:
         return any(self._sparse(device) is not None for device in self._core.devices)
 
     def _sparse(self, device: SwapDevice) -> I64 | None:
-        """Extents of one stream that fit into one fewer, if the device is short of room."""
+        """Extents of one stream that fit into one, if the device is short of room: the smallest.
+
+        Of all streams the one in which that frees the most.
+        """
         if device.draining or device.map.free + len(device.discards) > max(
             2, len(device.pins) // 16
         ):
@@ -214,16 +217,18 @@ class DeviceMoves:
         extents = np.flatnonzero((device.live_entries > 0) & (device.pins == 0))
         if len(extents) < 2:  # noqa: PLR2004 - one extent has nothing to be merged with
             return None
+        streams = (device.pool[extents] << 32) | device.group[extents]
         need = footprint(device, extents)
-        order = np.argsort(need, kind="stable")
-        first = extents[order[0]]
-        same = order[
-            (device.pool[extents[order]] == device.pool[first])
-            & (device.group[extents[order]] == device.group[first])
-        ]
-        count = int(np.searchsorted(np.cumsum(need[same]), CAPACITY, side="right"))
-        count = min(count, _MERGE_AT_ONCE)
-        return extents[same[:count]] if count > 1 else None
+        order = np.lexsort((need, streams))
+        _, first, of = np.unique(streams[order], return_index=True, return_inverse=True)
+        sums = np.cumsum(need[order])
+        sums -= (sums[first] - need[order][first])[of]
+        together = (sums <= CAPACITY) & (np.arange(len(order)) - first[of] < _MERGE_AT_ONCE)
+        counts = np.bincount(of[together], minlength=len(first))
+        stream = int(np.argmax(counts))
+        if counts[stream] < 2:  # noqa: PLR2004 - as above
+            return None
+        return extents[order[first[stream] : first[stream] + counts[stream]]]
 
     def merge(self) -> Operation[int]:
         """Put the entries of sparse extents together; returns how many extents became free."""

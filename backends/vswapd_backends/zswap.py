@@ -305,6 +305,13 @@ class Zswap:
         self._pins[segment] -= 1
         self._maybe_return(segment)
 
+    def any_pinned(self, group: int | None = None) -> bool:
+        """Whether there are pinned segments (of one group): ones that may soon be free."""
+        pinned = self._pins[: self.arena.limit] > 0
+        if group is not None:
+            pinned &= self._group[: self.arena.limit] == group
+        return bool(pinned.any())
+
     # Load
 
     def read(self, addresses: I64, lengths: I64) -> list[bytes | memoryview]:

@@ -9,13 +9,15 @@ Invariants:
   extent that it uses, until its words are published or it is given up.
 - One folio at a time per stream: header and directory are shared by all that lie in the extent.
 - Blocks with acknowledged entries are never written again: a write that fails leaves garbage.
+- All that a folio may write is taken from the write budget before its first write, so folios that
+  overlap cannot pass it together (but for writes that fail, and are tried again elsewhere).
 
 This module must not know the pool, or how slots get their words.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -27,12 +29,13 @@ from vswapd_backends.base import (
     I64,
     SEGMENT_BYTES,
     WAIT,
+    IoBatch,
     IoKind,
     IoRequest,
     Operation,
     Places,
 )
-from vswapd_backends.segment import ImageBuilder, fits
+from vswapd_backends.segment import DIRECTORY_ENTRY_BYTES, ImageBuilder, fits
 from vswapd_backends.swapdev import SwapDevice
 from vswapd_backends.zswap import Compressed, Stream, concatenate_places
 from vswapd_blockdev.device import BLOCK_BYTES
@@ -44,6 +47,16 @@ class _Filling:
 
     number: int
     builder: ImageBuilder
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far a folio has come."""
+
+    parts: list[Places] = field(default_factory=list)
+    """Places of the entries that are written, or being written; each part's extent is pinned."""
+    written: int = 0
+    """Bytes that writes which succeeded have put on devices."""
 
 
 class Fallback:
@@ -66,7 +79,7 @@ class Fallback:
         if room is not None and length > room:
             return Stop.GROUP_LIMIT
         left = core.budget_left()
-        if left is not None and length + SEGMENT_BYTES // 8 > left:
+        if left is not None and length > left:
             return Stop.WRITE_BUDGET
         return None
 
@@ -80,37 +93,46 @@ class Fallback:
         if stop is not None:
             return stop
         stream = (compressed.pool, group.index)
-        parts: list[Places] = []
+        done = _Progress()
         group.device_pending += compressed.compressed_bytes
         try:
             while stream in self._busy:
                 yield WAIT
-            stop = yield from self._write(stream, numbers, compressed, parts)
+            stop = yield from self._write(stream, numbers, compressed, done)
         except BaseException:
-            self._give_up(group, compressed, parts)
+            self._give_up(group, compressed, done)
             raise
         if stop is not None:
-            self._give_up(group, compressed, parts)
+            self._give_up(group, compressed, done)
             return stop
-        return concatenate_places(parts)
+        return concatenate_places(done.parts)
 
-    def _give_up(self, group: Group, compressed: Compressed, parts: list[Places]) -> None:
+    def _give_up(self, group: Group, compressed: Compressed, done: _Progress) -> None:
         group.device_pending -= compressed.compressed_bytes
-        for places in parts:
+        for places in done.parts:
             self._unpin(places)
         self.close_idle()
 
     def _write(
-        self, stream: Stream, numbers: I64, compressed: Compressed, parts: list[Places]
+        self, stream: Stream, numbers: I64, compressed: Compressed, done: _Progress
     ) -> Operation[Stop | None]:
+        core = self._core
+        filling = self._filling.get(stream)
+        most = _most_written(compressed, 0 if filling is None else filling.builder.count)
+        left = core.budget_left()
+        if left is not None and most > left:
+            return Stop.WRITE_BUDGET
         self._busy.add(stream)
+        core.budget_pending += most
         try:
-            return (yield from self._write_portions(stream, numbers, compressed, parts))
+            return (yield from self._write_portions(stream, numbers, compressed, done))
         finally:
+            core.budget_pending -= most
+            self._writeback.account(Cause.FALLBACK, done.written)
             self._busy.discard(stream)
 
     def _write_portions(
-        self, stream: Stream, numbers: I64, compressed: Compressed, parts: list[Places]
+        self, stream: Stream, numbers: I64, compressed: Compressed, done: _Progress
     ) -> Operation[Stop | None]:
         first = failures = 0
         while first < len(compressed):
@@ -135,15 +157,13 @@ class Fallback:
             entry, extent = self._core.devices.device_of(filling.number)
             requests = _portion_writes(entry, extent, builder, begin)
             self._core.devices.pin(filling.number)
-            parts.append(Places.within(filling.number, offsets, portion.lengths))
-            yield from self._writeback.write(requests)
-            self._writeback.account(
-                Cause.FALLBACK, sum(r.length for r in requests if r.error is None)
-            )
+            done.parts.append(Places.within(filling.number, offsets, portion.lengths))
+            yield IoBatch(requests)
+            done.written += sum(r.length for r in requests if r.error is None)
             if any(request.error for request in requests):
                 self._core.devices.fail(filling.number)
                 self._close(stream)
-                self._core.devices.unpin(int(parts.pop().number[0]))
+                self._core.devices.unpin(int(done.parts.pop().number[0]))
                 failures += 1
                 if failures == WRITE_ATTEMPTS:
                     return Stop.DEVICE_ERROR
@@ -212,6 +232,18 @@ class Fallback:
                 self._close(stream)
 
 
+def _most_written(compressed: Compressed, entries: int) -> int:
+    """The most bytes that are written for a folio, into an extent with so many entries at first.
+
+    Of each extent: a block of header, and those in which the payload begins and ends, the
+    directory begins, and the next folio's entries are kept from following. The directory is
+    written again from its end on.
+    """
+    blocks = 5 * BLOCK_BYTES
+    extents = 2 + compressed.footprint // (SEGMENT_BYTES - blocks)
+    return compressed.footprint + extents * blocks + entries * DIRECTORY_ENTRY_BYTES
+
+
 def _portion_writes(
     entry: SwapDevice, extent: int, builder: ImageBuilder, begin: int
 ) -> list[IoRequest]:
@@ -219,7 +251,7 @@ def _portion_writes(
     image = builder.buffer
     low = begin // BLOCK_BYTES * BLOCK_BYTES
     high = -(-builder.payload_end // BLOCK_BYTES) * BLOCK_BYTES
-    directory = (SEGMENT_BYTES - builder.count * 8) // BLOCK_BYTES * BLOCK_BYTES
+    directory = (SEGMENT_BYTES - builder.count * DIRECTORY_ENTRY_BYTES) // BLOCK_BYTES * BLOCK_BYTES
     spans = [(0, BLOCK_BYTES), (low, high), (directory, SEGMENT_BYTES)]
     merged: list[tuple[int, int]] = []
     for start, end in spans:

@@ -21,7 +21,7 @@ from vswapd.compaction import Compaction
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.writeback import Cause, Stop, Writeback
-from vswapd_backends.base import WAIT, Operation
+from vswapd_backends.base import PAUSE, WAIT, Operation
 from vswapd_backends.zswap import Compressed
 
 _RECLAIM_AT_ONCE = 4
@@ -85,11 +85,13 @@ class Room:
     def _reclaim(self, only: Group | None) -> Operation[bool]:
         """One step towards more room; False if there is none to make."""
         if only is None and self._compaction.step() is not None:
+            # A pool that has to get below its threshold takes many: others have the lock between.
+            yield PAUSE
             return True
         written = yield from self._writeback.write_some(Cause.RECLAIM, only, _RECLAIM_AT_ONCE)
         if written.stopped is None:
             return True
-        if self._writeback.in_flight:
+        if self._core.zswap.any_pinned(None if only is None else only.index):
             # Others are writing back what we might have: what they free may do.
             yield WAIT
             return True

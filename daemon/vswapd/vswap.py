@@ -165,7 +165,9 @@ class Engine:
         while space.slots.clusters:
             some = [c for c, _ in zip(space.slots.clusters, range(_CLOSE_CLUSTERS), strict=False)]
             numbers = slots_of(np.array(some, np.int64))
-            self._release(space, numbers[self.core.table.words[numbers] != 0])
+            numbers = numbers[self.core.table.words[numbers] != 0]
+            self._release(space, numbers)
+            self.core.stats.free_pages += len(numbers)
             self._nudge()
             yield PAUSE
         if self.core.spaces.pop(space.id, None) is not None:
@@ -461,6 +463,7 @@ class Engine:
         refuse_duplicates(slots)
         numbers, _ = self._resolve(space, slots)
         self._release(space, numbers)
+        self.core.stats.free_pages += len(numbers)
         self._nudge()
         return
         yield  # an operation like the others, although it never needs anything
@@ -469,7 +472,6 @@ class Engine:
         if len(numbers):
             self.core.publish(space, numbers, np.zeros(len(numbers), np.uint64))
             self.core.clusters.release(space.slots, numbers)
-            self.core.stats.free_pages += len(numbers)
             self._fallback.close_idle()
 
     # Steering

@@ -64,6 +64,7 @@ class Shrinker:
         self._tokens = 0.0
         self._tokens_at = core.clock()
         self._stalled_at: tuple[int, ...] | None = None
+        self._stalled_why = ""
 
     # Signals
 
@@ -123,7 +124,7 @@ class Shrinker:
         if not settings.shrinker_enabled:
             return self._say("idle", "switched off (shrinker.enabled)", 0)
         if self._is_stalled():
-            return self._say("idle", self.why, 0)
+            return self._say("idle", self._stalled_why, 0)
         if self._compaction.wanted():
             return self._say("compacting", "dead entries in the pool", self._compaction.waste())
         stop = self._writeback.obstacle()
@@ -214,6 +215,7 @@ class Shrinker:
         self.last_bytes = gone
         if gone == 0 and doing not in {"discarding", "trimming"}:
             self._stalled_at = self._signature()
+            self._stalled_why = self.why
         return gone
 
     def _scan(self, doing: str, nbytes: int) -> Operation[int]:
@@ -258,7 +260,9 @@ class Shrinker:
         core = self._core
         budget = core.budget_left()
         return (
-            core.devices.free_extents,
+            # Not those that wait for a discard: after failed writes these go out of use, and if that
+            # counted as news, a device on which all writes fail would be worn down at once.
+            core.devices.ready_extents,
             core.stats.store_pages,
             core.stats.free_pages,
             core.stats.writeback_pages,

@@ -18,6 +18,7 @@ import numpy as np
 
 from vswapd.clusters import Clusters
 from vswapd.groups import Group, Groups, Space
+from vswapd.ledger import Column, Ledger
 from vswapd.settings import Settings
 from vswapd.stats import Stats
 from vswapd.swap_table import (
@@ -45,15 +46,21 @@ class Core:
     """Table, clusters, pools, devices, groups, counters, and the clock."""
 
     def __init__(
-        self, settings: Settings, arena: ZPool, devices: SwapDevices, clock: Callable[[], float]
+        self,
+        settings: Settings,
+        arena: ZPool,
+        devices: SwapDevices,
+        clock: Callable[[], float],
+        ledger: Ledger,
     ) -> None:
         self.settings = settings
+        self.ledger: Final = ledger
         self.clock: Final = clock
         self.table: Final = SwapTable(-(-settings.max_slots // CLUSTER_SLOTS) * CLUSTER_SLOTS)
         self.clusters: Final = Clusters(self.table)
         self.zswap: Final = Zswap(arena, settings.codec)
         self.devices: Final = devices
-        self.groups: Final = Groups(settings)
+        self.groups: Final = Groups(settings, ledger)
         self.spaces: Final[dict[int, Space]] = {}
         self.stats: Final = Stats()
         self.slot_counts: I64 = np.zeros(TAGS, np.int64)
@@ -186,9 +193,21 @@ class Core:
 
     # Room and budget
 
+    def pool_use(self) -> int:
+        """Bytes that the pools of all shards occupy."""
+        return self.zswap.in_use_bytes + self.ledger.others(Column.POOL)
+
     def pool_room(self) -> int:
         """Bytes that the pool may still grow by; negative when over its limit."""
-        return self.settings.pool_max - self.zswap.in_use_bytes
+        return self.settings.pool_max - self.pool_use()
+
+    def enter(self) -> None:
+        """Tell the other shards what this one holds."""
+        if self.ledger.alone:
+            return
+        self.ledger.enter(Column.POOL, self.zswap.in_use_bytes)
+        for group in self.groups:
+            group.enter()
 
     def budget_left(self) -> int | None:
         """Bytes that may still be written back today; None: any number."""
@@ -198,12 +217,23 @@ class Core:
         if day != self._budget_day:
             self._budget_day = day
             self._budget_used = 0
-        return max(0, self.settings.write_budget - self._budget_used - self.budget_pending)
+        used = self._budget_used + self.budget_pending
+        return max(0, self.settings.write_budget - used - self.ledger.budget_of_others(int(day)))
 
     def spend(self, written: int) -> None:
         """Count bytes that were written to a device against today's budget."""
         self.budget_left()
         self._budget_used += written
+        self.enter_budget()
+
+    def enter_budget(self) -> None:
+        """Tell the other shards what this one has written today, and is writing.
+
+        They look before they begin to write: what several begin in the same moment may pass the
+        budget by one operation each.
+        """
+        self.ledger.enter(Column.BUDGET_DAY, int(self._budget_day))
+        self.ledger.enter(Column.BUDGET, self._budget_used + self.budget_pending)
 
     @property
     def saved_bytes(self) -> int:

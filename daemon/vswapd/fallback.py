@@ -109,6 +109,7 @@ class Fallback:
 
     def _give_up(self, group: Group, compressed: Compressed, done: _Progress) -> None:
         group.device_pending -= compressed.compressed_bytes
+        group.enter()
         for places in done.parts:
             self._unpin(places)
         self.close_idle()
@@ -178,6 +179,7 @@ class Fallback:
     def settle(self, group: Group, places: Places) -> None:
         """The words of a folio are published, or it is given up: let go of its extents."""
         group.device_pending -= int(places.length.sum())
+        group.enter()
         self._unpin(places)
         self.close_idle()
 

@@ -11,10 +11,11 @@ This module must not know where pages lie or how they get there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from vswapd.clusters import SlotSet
+from vswapd.ledger import Ledger
 from vswapd.settings import GroupLimits, Settings
 
 
@@ -31,16 +32,37 @@ class Group:
     """Compressed bytes on their way to devices, not charged yet: operations that overlap cannot
     pass the limit together."""
     spaces: int = 0
+    ledger: Ledger = field(default_factory=Ledger)
+    columns: tuple[int, int] | None = None
+    """Where the ledger has what other shards hold for this group, in pools and on devices."""
 
     def pool_room(self) -> int | None:
         """Compressed bytes that may still go to the pool; None: any number."""
         limit = self.limits.pool_max
-        return None if limit is None else max(0, limit - self.pool_bytes)
+        return None if limit is None else max(0, limit - self.pool_bytes - self._others(0))
+
+    def pool_excess(self) -> int:
+        """Compressed bytes in pools beyond the limit, as far as they are this shard's."""
+        limit = self.limits.pool_max
+        if limit is None:
+            return 0
+        return max(0, min(self.pool_bytes, self.pool_bytes + self._others(0) - limit))
 
     def device_room(self) -> int | None:
         """Compressed bytes that may still go to devices; None: any number."""
         limit = self.limits.device_max
-        return None if limit is None else max(0, limit - self.device_bytes - self.device_pending)
+        if limit is None:
+            return None
+        return max(0, limit - self.device_bytes - self.device_pending - self._others(1))
+
+    def _others(self, which: int) -> int:
+        return 0 if self.columns is None else self.ledger.others(self.columns[which])
+
+    def enter(self, growth: int = 0) -> None:
+        """Tell the other shards what this one holds for the group, and `growth` that is coming."""
+        if self.columns is not None:
+            self.ledger.enter(self.columns[0], self.pool_bytes + growth)
+            self.ledger.enter(self.columns[1], self.device_bytes + self.device_pending)
 
 
 @dataclass(slots=True)
@@ -66,8 +88,9 @@ class Space:
 class Groups:
     """All groups that have ever had a space, by name and by index."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger) -> None:
         self._settings = settings
+        self._ledger = ledger
         self._by_name: dict[str, Group] = {}
         self._by_index: Final[list[Group]] = []
 
@@ -84,7 +107,13 @@ class Groups:
         """The group of that name, made if there is none yet."""
         found = self._by_name.get(name)
         if found is None:
-            found = Group(len(self._by_index), name, self._settings.limits_of(name))
+            found = Group(
+                len(self._by_index),
+                name,
+                self._settings.limits_of(name),
+                ledger=self._ledger,
+                columns=self._ledger.columns_of(name),
+            )
             self._by_name[name] = found
             self._by_index.append(found)
         return found

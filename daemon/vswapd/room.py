@@ -20,6 +20,7 @@ from vswap.protocol import Reason
 from vswapd.compaction import Compaction
 from vswapd.core import Core
 from vswapd.groups import Group
+from vswapd.ledger import Column
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import PAUSE, WAIT, Operation
 from vswapd_backends.zswap import Compressed
@@ -47,14 +48,29 @@ class Room:
 
     def refusal(self, group: Group, compressed: Compressed) -> Refusal | None:
         """What the pool says to a folio now; None: it takes it. Changes nothing but `full`."""
-        core, settings, zswap = self._core, self._core.settings, self._core.zswap
+        settings = self._core.settings
         if not settings.pool_enabled or not settings.pool_max or group.limits.pool_max == 0:
             return Refusal.OFF
+        ledger = self._core.ledger
+        if ledger.alone:
+            return self._judge(group, compressed)
+        with ledger.hold():
+            refusal = self._judge(group, compressed)
+            if refusal is None:
+                # Entered before it is appended: shards cannot pass the limit together.
+                use = self._core.zswap.in_use_bytes + self._core.zswap.growth(compressed)
+                ledger.enter(Column.POOL, use)
+                group.enter(compressed.compressed_bytes)
+            return refusal
+
+    def _judge(self, group: Group, compressed: Compressed) -> Refusal | None:
+        """Compare what a folio needs with what all limits leave."""
+        core, settings, zswap = self._core, self._core.settings, self._core.zswap
         room = group.pool_room()
         if room is not None and compressed.compressed_bytes > room:
             return Refusal.GROUP
         if core.pool_was_full:
-            if zswap.in_use_bytes > settings.accept_threshold * settings.pool_max:
+            if core.pool_use() > settings.accept_threshold * settings.pool_max:
                 return Refusal.FULL
             core.pool_was_full = False
         if zswap.growth(compressed) > core.pool_room():

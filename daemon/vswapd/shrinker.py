@@ -81,7 +81,7 @@ class Shrinker:
         """Whether waking the thread might be worth it. Cheap: asked after every request."""
         core = self._core
         return (
-            core.zswap.in_use_bytes > core.settings.high_watermark * core.settings.pool_max
+            core.pool_use() > core.settings.high_watermark * core.settings.pool_max
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._compaction.wanted()
@@ -156,18 +156,18 @@ class Shrinker:
     def _excess(self) -> tuple[int, str]:
         """Bytes over what the limits want to see in the pool, and which of them."""
         core, settings = self._core, self._core.settings
-        resident = core.zswap.in_use_bytes
-        if resident > settings.high_watermark * settings.pool_max:
+        used = core.pool_use()
+        if used > settings.high_watermark * settings.pool_max:
             self._working = True
         floor = int(settings.low_watermark * settings.pool_max)
-        if self._working and resident > floor:
-            return resident - floor, "the pool passed its high watermark"
+        if self._working and used > floor:
+            # Each shard makes its own share go.
+            mine = -(-(used - floor) * core.zswap.in_use_bytes // used)
+            return mine, "the pool passed its high watermark"
         self._working = False
         group = self._over_limit()
         if group is not None:
-            limit = group.limits.pool_max
-            assert limit is not None
-            return group.pool_bytes - limit, f"group {group.name} is over its pool limit"
+            return group.pool_excess(), f"group {group.name} is over its pool limit"
         idle = self._idle_bytes()
         if idle > 0:
             return idle, "pages older than shrinker.idle_age"
@@ -177,8 +177,7 @@ class Shrinker:
 
     def _over_limit(self) -> Group | None:
         for group in self._core.groups:
-            limit = group.limits.pool_max
-            if limit is not None and group.pool_bytes > limit and group.limits.writeback:
+            if group.pool_excess() and group.limits.writeback:
                 return group
         return None
 
@@ -212,6 +211,7 @@ class Shrinker:
         """Make up to `nbytes` (at least one segment's worth) go; returns how many did."""
         doing = self.doing
         gone = yield from self._scan(doing, nbytes)
+        self._core.enter()
         self.last_bytes = gone
         if gone == 0 and doing not in {"discarding", "trimming"}:
             self._stalled_at = self._signature()
@@ -260,7 +260,7 @@ class Shrinker:
         core = self._core
         budget = core.budget_left()
         return (
-            # Not those that wait for a discard: after failed writes these go out of use, and if that
+            # Not those that wait for a discard: after failed writes they go out of use, and if that
             # counted as news, a device on which all writes fail would be worn down at once.
             core.devices.ready_extents,
             core.stats.store_pages,

@@ -36,6 +36,7 @@ from vswapd.errors import (
 )
 from vswapd.fallback import Fallback
 from vswapd.groups import Space
+from vswapd.ledger import Ledger
 from vswapd.room import Refusal, Room, reason_for
 from vswapd.settings import Settings
 from vswapd.shrinker import Shrinker
@@ -105,9 +106,10 @@ class Engine:
         arena: ZPool,
         devices: SwapDevices,
         clock: Callable[[], float],
+        ledger: Ledger,
     ) -> None:
         try:
-            self.core: Final = Core(settings, arena, devices, clock)
+            self.core: Final = Core(settings, arena, devices, clock, ledger)
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
         self._writeback: Final = Writeback(self.core)
@@ -122,7 +124,12 @@ class Engine:
 
     @classmethod
     def create(
-        cls, settings: Settings, clock: Callable[[], float], *, arena_bytes: int | None = None
+        cls,
+        settings: Settings,
+        clock: Callable[[], float],
+        *,
+        arena_bytes: int | None = None,
+        ledger: Ledger | None = None,
     ) -> Engine:
         """An engine with memory of its own.
 
@@ -131,11 +138,18 @@ class Engine:
             clock: seconds; only differences and days of it are used.
             arena_bytes: address space for the pool, the most that `pool_max` can be raised to;
                 by default the machine's RAM, or pool_max and a little if that is more.
+            ledger: what it shares limits through; by default it is alone.
         """
         ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         least = settings.pool_max + (8 << 20)
         arena = ZPool(max(least, ram if arena_bytes is None else arena_bytes))
-        return cls(settings=settings, arena=arena, devices=SwapDevices(), clock=clock)
+        return cls(
+            settings=settings,
+            arena=arena,
+            devices=SwapDevices(),
+            clock=clock,
+            ledger=ledger or Ledger(),
+        )
 
     # Spaces
 
@@ -553,6 +567,7 @@ class Engine:
         return snapshots.take(self.core, self.shrinker)
 
     def _nudge(self) -> None:
+        self.core.enter()
         if self.on_pressure is not None and self.shrinker.wanted():
             self.on_pressure()
 

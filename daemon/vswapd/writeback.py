@@ -318,10 +318,12 @@ class Writeback:
         size = sum(request.length for request in requests)
         self.in_flight += 1
         core.budget_pending += size
+        core.enter_budget()
         try:
             yield IoBatch(requests)
         finally:
             core.budget_pending -= size
+            core.enter_budget()
             self.in_flight -= 1
 
     def account(self, cause: Cause, size: int) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 
 from support.engine import make_engine, pages_of
 from vswapd.groups import Group, Groups
+from vswapd.ledger import Ledger
 from vswapd.settings import GroupLimits, Settings
 
 
@@ -15,7 +16,7 @@ def _settings(**groups: GroupLimits) -> Settings:
 
 def test_a_group_is_made_once() -> None:
     """The same name is the same group, found by name and by index, in the order of their making."""
-    groups = Groups(_settings())
+    groups = Groups(_settings(), Ledger())
     one, two = groups.get("1000"), groups.get("7")
     assert groups.get("1000") is one
     assert (groups[0], groups[1], len(groups)) == (one, two, 2)
@@ -26,7 +27,7 @@ def test_a_group_is_made_once() -> None:
 def test_limits_are_a_groups_own_or_the_default_ones() -> None:
     """A group that the settings name has its limits as a whole; all others share the default."""
     own = GroupLimits(device_max=5, writeback=False)
-    groups = Groups(_settings(own=own))
+    groups = Groups(_settings(own=own), Ledger())
     assert groups.get("own").limits == own
     assert groups.get("own").limits.pool_max is None
     assert groups.get("other").limits == GroupLimits(pool_max=77)
@@ -34,7 +35,7 @@ def test_limits_are_a_groups_own_or_the_default_ones() -> None:
 
 def test_limits_change_for_groups_that_are_there() -> None:
     """New settings reach groups that exist, those that come to be named, and later ones."""
-    groups = Groups(_settings(own=GroupLimits(pool_max=1)))
+    groups = Groups(_settings(own=GroupLimits(pool_max=1)), Ledger())
     own, other = groups.get("own"), groups.get("other")
     groups.apply(
         dataclasses.replace(_settings(other=GroupLimits(pool_max=2)), default_group=GroupLimits())

@@ -59,6 +59,9 @@ def test_past_the_high_watermark_the_oldest_go_down_to_the_low_one() -> None:
     tags = rig.tags(slots)
     assert tags == sorted(tags, reverse=True), "no younger page went before an older one"
     assert _idles(rig) == "below the watermarks"
+    rig.put(rig.space(), pages_of("noise", 80, 5000))
+    assert rig.engine.core.zswap.in_use_bytes > 0.85 * 4 * MIB
+    assert _idles(rig) == "below the watermarks"
     rig.check()
 
 
@@ -244,6 +247,19 @@ def test_a_group_over_its_limit_pays_with_its_own() -> None:
     tags = rig.tags(slots)
     assert tags == sorted(tags, reverse=True)
     assert _idles(rig) == "below the watermarks"
+
+
+def test_a_group_that_may_not_write_back_does_not_keep_others_from_it() -> None:
+    """Of several groups over their limits those whose pages may go are worked on."""
+    rig = make_engine(8 * MIB, arena_bytes=24 * MIB, devices=[64])
+    stuck, mine = rig.space("1"), rig.space("2")
+    for space in (stuck, mine):
+        rig.put(space, pages_of("noise", 300, 1000 * space.id))
+    low = GroupLimits(pool_max=400 * KIB)
+    rig.set(groups={"1": GroupLimits(pool_max=400 * KIB, writeback=False), "2": low})
+    rig.shrink()
+    assert mine.group.pool_bytes <= 400 * KIB
+    assert stuck.group.pool_bytes == 300 * 4096
 
 
 def test_idle_pages_go_and_younger_ones_stay() -> None:

@@ -1,0 +1,134 @@
+"""What all shards together hold of what is limited: each writes its own sums, all read the others'.
+
+One row per shard in shared memory, one column per thing that has a limit: bytes of pool, bytes that
+were written back today, and for each group its bytes in pools and on devices. Limits hold in sum:
+who wants to grow looks at the sum and enters the growth under the ledger's lock, before it grows;
+what it then really took, and what it gave back, is entered without.
+
+With one shard there is nobody else: every sum is 0, and the lock is none.
+
+Invariants:
+- A shard's entries are never below what it holds, but for what it has just given back or is moving.
+- The lock is a record lock of the memory's file: it goes with a process that is killed.
+
+This module must not know what the limits are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from enum import IntEnum
+from hashlib import blake2b
+from typing import Final
+
+import numpy as np
+
+from vswapd_backends.base import I64
+from vswapd_backends.shared import SharedRegion
+
+MOST_GROUPS: Final = 4096
+"""Groups whose sums are shared. Of any more each shard knows its own part only."""
+_HEAD: Final = 2
+"""Rows before those of the shards: the groups' names, and how many there are."""
+
+
+class Column(IntEnum):
+    """What is limited for all groups together."""
+
+    POOL = 0
+    """Bytes that pools occupy."""
+    BUDGET_DAY = 1
+    """The day that BUDGET is of."""
+    BUDGET = 2
+    """Bytes that were written back on that day, and that are being."""
+
+
+_FIRST_GROUP: Final = len(Column)
+_COLUMNS: Final = _FIRST_GROUP + 2 * MOST_GROUPS
+
+
+class Ledger:
+    """One shard's way to the sums."""
+
+    def __init__(self, rows: I64 | None = None, shard: int = 0, fd: int = -1) -> None:
+        """For one shard alone, or see `SharedLedger.of_shard`."""
+        self._rows = rows
+        self._shard = shard
+        self._fd = fd
+        self.shards: Final = 1 if rows is None else len(rows) - _HEAD
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no other shards."""
+        return self._rows is None
+
+    def others(self, column: int) -> int:
+        """What the other shards hold of it together."""
+        if self._rows is None:
+            return 0
+        held = self._rows[_HEAD:, column]
+        return int(held.sum()) - held.item(self._shard)
+
+    def enter(self, column: int, value: int) -> None:
+        """Say what this shard holds of it."""
+        if self._rows is not None:
+            self._rows[_HEAD + self._shard, column] = value
+
+    def budget_of_others(self, day: int) -> int:
+        """What the other shards have written back on a day."""
+        if self._rows is None:
+            return 0
+        days, used = self._rows[_HEAD:, Column.BUDGET_DAY], self._rows[_HEAD:, Column.BUDGET]
+        same = days == day
+        same[self._shard] = False
+        return int(used[same].sum())
+
+    def columns_of(self, group: str) -> tuple[int, int] | None:
+        """A group's columns: bytes in pools, bytes on devices. None: it is not shared."""
+        if self._rows is None:
+            return None
+        key = int.from_bytes(blake2b(group.encode(), digest_size=8).digest(), "little", signed=True)
+        with self.hold():
+            names, count = self._rows[0], self._rows.item(1, 0)
+            found = np.flatnonzero(names[:count] == key)
+            if len(found):
+                index = int(found[0])
+            elif count < MOST_GROUPS:
+                index = count
+                names[index] = key
+                self._rows[1, 0] = count + 1
+            else:
+                return None
+        return _FIRST_GROUP + 2 * index, _FIRST_GROUP + 2 * index + 1
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Nobody else holds the ledger meanwhile. Short, and never while waiting for anything."""
+        if self._rows is None:
+            yield
+            return
+        fcntl.lockf(self._fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._fd, fcntl.LOCK_UN)
+
+
+class SharedLedger:
+    """The memory of it, made before the shards are."""
+
+    def __init__(self, shards: int) -> None:
+        self._region = SharedRegion("vswapd-ledger", (_HEAD + shards) * _COLUMNS * 8)
+        words = self._region.words_array()[: (_HEAD + shards) * _COLUMNS]
+        self._rows: Final[I64] = words.view(np.int64).reshape(-1, _COLUMNS)
+
+    def of_shard(self, shard: int) -> Ledger:
+        """A shard's way to it; to be called in that shard's process.
+
+        Record locks belong to processes and end with any descriptor of the file that is closed:
+        this one stays open as long as the process lives.
+        """
+        return Ledger(self._rows, shard, os.dup(self._region.fd))

@@ -13,11 +13,13 @@ This module must not know what stands in a region.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
 import os
 import weakref
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -86,6 +88,18 @@ class SharedRegion:
         if result != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"locking {self.size} bytes in memory: {os.strerror(code)}")
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """No other process holds the region meanwhile. For short times, and not to be nested.
+
+        A record lock of the file: it goes with a process that is killed, and knows no threads.
+        """
+        fcntl.lockf(self.fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN)
 
     @property
     def resident_bytes(self) -> int:

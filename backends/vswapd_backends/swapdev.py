@@ -110,8 +110,16 @@ class SwapDevices:
         """Whether there is a device that may take pages."""
         return any(d is not None and not d.draining for d in self._devices)
 
-    def add(self, device: BlockDevice, priority: int) -> SwapDevice | None:
-        """Attach a device; None if there are MAX_DEVICES already."""
+    def add(
+        self, device: BlockDevice, priority: int, extents_of: ExtentMap | None = None
+    ) -> SwapDevice | None:
+        """Attach a device; None if there are MAX_DEVICES already.
+
+        Args:
+            device: the device.
+            priority: devices of a higher one are filled first.
+            extents_of: which of its extents may be used; None: all.
+        """
         try:
             index = self._devices.index(None)
         except ValueError:
@@ -124,7 +132,7 @@ class SwapDevices:
             index=index,
             device=device,
             priority=priority,
-            map=ExtentMap(extents),
+            map=ExtentMap(extents) if extents_of is None else extents_of,
             live_bytes=_zeros(extents),
             live_entries=_zeros(extents),
             sequence=_zeros(extents),
@@ -139,6 +147,7 @@ class SwapDevices:
         """Forget a device on which nothing lives."""
         assert not entry.live_entries.any()
         assert not entry.pins.any()
+        entry.map.leave()
         self._devices[entry.index] = None
 
     def find(self, path: str) -> SwapDevice | None:

@@ -15,16 +15,16 @@ it back when nobody reads or writes it any more, and after its discard.
 from __future__ import annotations
 
 import heapq
-from typing import Final
 
 
 class ExtentMap:
     """The extents 0 to `extents` - 1 of one device."""
 
     def __init__(self, extents: int) -> None:
-        self.extents: Final = extents
+        self.extents = extents
+        self._fresh = extents
+        """Extents that were there from the beginning; those from `_limit` on were never taken."""
         self._limit = 0
-        """Extents from here on were never taken."""
         self._returned: list[int] = []
         self._taken: set[int] = set()
         self._bad: set[int] = set()
@@ -49,7 +49,7 @@ class ExtentMap:
         """The lowest free extent, or None."""
         if self._returned:
             extent = heapq.heappop(self._returned)
-        elif self._limit < self.extents:
+        elif self._limit < self._fresh:
             extent = self._limit
             self._limit += 1
         else:
@@ -65,6 +65,19 @@ class ExtentMap:
             self._retired += 1
         else:
             heapq.heappush(self._returned, extent)
+
+    def leave(self) -> None:
+        """No extent is used any more, nor will be."""
+
+    def _add(self, extents: range) -> None:
+        """More free extents, for maps that do not have all of them."""
+        for extent in extents:
+            heapq.heappush(self._returned, extent)
+
+    def _drop(self, extents: range) -> None:
+        """Have these free extents no more."""
+        self._returned = [extent for extent in self._returned if extent not in extents]
+        heapq.heapify(self._returned)
 
     def mark_bad(self, extent: int) -> None:
         """Never hand out an extent again that is in use now; idempotent."""

@@ -57,7 +57,7 @@ class Core:
         self.ledger: Final = ledger
         self.clock: Final = clock
         self.table: Final = SwapTable(-(-settings.max_slots // CLUSTER_SLOTS) * CLUSTER_SLOTS)
-        self.clusters: Final = Clusters(self.table)
+        self.clusters: Final = Clusters(self.table, ledger.shard)
         self.zswap: Final = Zswap(arena, settings.codec)
         self.devices: Final = devices
         self.groups: Final = Groups(settings, ledger)

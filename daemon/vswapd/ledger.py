@@ -9,7 +9,7 @@ With one shard there is nobody else: every sum is 0, and the lock is none.
 
 Invariants:
 - A shard's entries are never below what it holds, but for what it has just given back or is moving.
-- The lock is a record lock of the memory's file: it goes with a process that is killed.
+- A process that is killed holds the ledger no more; what it had entered stays.
 
 This module must not know what the limits are.
 """
@@ -17,8 +17,6 @@ This module must not know what the limits are.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterator
 from enum import IntEnum
 from hashlib import blake2b
@@ -47,18 +45,24 @@ class Column(IntEnum):
 
 
 _FIRST_GROUP: Final = len(Column)
-_COLUMNS: Final = _FIRST_GROUP + 2 * MOST_GROUPS
+_COLUMNS: Final = 16 * 1024
+"""Whole pages per row, so that a region's size tells how many rows there are."""
+assert _FIRST_GROUP + 2 * MOST_GROUPS <= _COLUMNS
 
 
 class Ledger:
     """One shard's way to the sums."""
 
-    def __init__(self, rows: I64 | None = None, shard: int = 0, fd: int = -1) -> None:
-        """For one shard alone, or see `SharedLedger.of_shard`."""
-        self._rows = rows
-        self._shard = shard
-        self._fd = fd
-        self.shards: Final = 1 if rows is None else len(rows) - _HEAD
+    def __init__(self, region: SharedRegion | None = None, shard: int = 0) -> None:
+        """For one shard alone, or for one of those that share a region (see `shared_region`)."""
+        self._region = region
+        self._rows: I64 | None = None
+        if region is not None:
+            rows = region.size // (_COLUMNS * 8)
+            words = region.words_array()[: rows * _COLUMNS]
+            self._rows = words.view(np.int64).reshape(rows, _COLUMNS)
+        self.shard: Final = shard
+        self.shards: Final = 1 if self._rows is None else len(self._rows) - _HEAD
 
     @property
     def alone(self) -> bool:
@@ -70,12 +74,12 @@ class Ledger:
         if self._rows is None:
             return 0
         held = self._rows[_HEAD:, column]
-        return int(held.sum()) - held.item(self._shard)
+        return int(held.sum()) - held.item(self.shard)
 
     def enter(self, column: int, value: int) -> None:
         """Say what this shard holds of it."""
         if self._rows is not None:
-            self._rows[_HEAD + self._shard, column] = value
+            self._rows[_HEAD + self.shard, column] = value
 
     def budget_of_others(self, day: int) -> int:
         """What the other shards have written back on a day."""
@@ -83,7 +87,7 @@ class Ledger:
             return 0
         days, used = self._rows[_HEAD:, Column.BUDGET_DAY], self._rows[_HEAD:, Column.BUDGET]
         same = days == day
-        same[self._shard] = False
+        same[self.shard] = False
         return int(used[same].sum())
 
     def columns_of(self, group: str) -> tuple[int, int] | None:
@@ -107,28 +111,13 @@ class Ledger:
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """Nobody else holds the ledger meanwhile. Short, and never while waiting for anything."""
-        if self._rows is None:
+        if self._region is None:
             yield
             return
-        fcntl.lockf(self._fd, fcntl.LOCK_EX)
-        try:
+        with self._region.hold():
             yield
-        finally:
-            fcntl.lockf(self._fd, fcntl.LOCK_UN)
 
 
-class SharedLedger:
-    """The memory of it, made before the shards are."""
-
-    def __init__(self, shards: int) -> None:
-        self._region = SharedRegion("vswapd-ledger", (_HEAD + shards) * _COLUMNS * 8)
-        words = self._region.words_array()[: (_HEAD + shards) * _COLUMNS]
-        self._rows: Final[I64] = words.view(np.int64).reshape(-1, _COLUMNS)
-
-    def of_shard(self, shard: int) -> Ledger:
-        """A shard's way to it; to be called in that shard's process.
-
-        Record locks belong to processes and end with any descriptor of the file that is closed:
-        this one stays open as long as the process lives.
-        """
-        return Ledger(self._rows, shard, os.dup(self._region.fd))
+def shared_region(shards: int) -> SharedRegion:
+    """The memory of a ledger for so many shards, made before they are."""
+    return SharedRegion("vswapd-ledger", (_HEAD + shards) * _COLUMNS * 8)

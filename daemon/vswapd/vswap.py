@@ -62,6 +62,7 @@ from vswapd_backends.zero import ZERO_PAGE, zero_pages
 from vswapd_backends.zpool import ZPool
 from vswapd_backends.zswap import Compressed, decode
 from vswapd_blockdev.device import BlockDevice
+from vswapd_blockdev.extents import ExtentMap
 
 _PAGE_WORDS: Final = PAGE_BYTES // 8
 _PAGE_SLICES: Final = [slice(i * PAGE_BYTES, (i + 1) * PAGE_BYTES) for i in range(MAX_BATCH)]
@@ -515,15 +516,22 @@ class Engine:
         self.shrinker.settings_changed()
         self._nudge()
 
-    def swapon(self, device: BlockDevice, priority: int) -> int:
+    def swapon(
+        self, device: BlockDevice, priority: int, extents_of: ExtentMap | None = None
+    ) -> int:
         """Put a device into use; returns its index.
+
+        Args:
+            device: the device.
+            priority: devices of a higher one are filled first.
+            extents_of: which of its extents are this engine's; None: all.
 
         Raises:
             OutOfServiceError: there are too many devices, or one of this path is in use already.
         """
         if self.core.devices.find(device.path) is not None:
             raise OutOfServiceError(f"{device.path} is in use already")
-        entry = self.core.devices.add(device, priority)
+        entry = self.core.devices.add(device, priority, extents_of)
         if entry is None:
             raise OutOfServiceError("no more devices can be added: swapoff one first")
         self.shrinker.settings_changed()

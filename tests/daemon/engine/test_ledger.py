@@ -12,16 +12,17 @@ import pytest
 
 from support.engine import KIB, MIB, Clock, Rig, UnkindDevice, page, pages_of
 from vswap.protocol import Reason
-from vswapd.ledger import Column, Ledger, SharedLedger
+from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.settings import GroupLimits, Settings
 from vswapd.vswap import Engine
 from vswapd_backends.base import U64, run
+from vswapd_backends.shared import SharedRegion
 from vswapd_blockdev.device import EXTENT_BYTES
 
 _FORK = multiprocessing.get_context("fork")
 
 
-def rigs(shared: SharedLedger, count: int, **settings: object) -> list[Rig]:
+def rigs(shared: SharedRegion, count: int, **settings: object) -> list[Rig]:
     """Engines of one ledger, in one process: every step of theirs is one after the other."""
     made = []
     for shard in range(count):
@@ -30,7 +31,7 @@ def rigs(shared: SharedLedger, count: int, **settings: object) -> list[Rig]:
             Settings(**{"pool_max": 4 * MIB, **settings}),  # type: ignore[arg-type]
             clock,
             arena_bytes=16 * MIB,
-            ledger=shared.of_shard(shard),
+            ledger=Ledger(shared, shard),
         )
         made.append(Rig(engine, clock))
     return made
@@ -51,8 +52,8 @@ def test_alone_there_are_no_others() -> None:
 
 def test_each_sees_the_sum_of_the_others() -> None:
     """What a shard enters counts for all others and not for itself; the last entry counts."""
-    shared = SharedLedger(3)
-    first, second, third = (shared.of_shard(shard) for shard in range(3))
+    shared = shared_region(3)
+    first, second, third = (Ledger(shared, shard) for shard in range(3))
     first.enter(Column.POOL, 5)
     second.enter(Column.POOL, 7)
     second.enter(Column.POOL, 11)
@@ -61,8 +62,8 @@ def test_each_sees_the_sum_of_the_others() -> None:
 
 def test_groups_have_the_same_columns_everywhere() -> None:
     """A group's columns are its own, and the same for every shard, whoever asked first."""
-    shared = SharedLedger(2)
-    first, second = shared.of_shard(0), shared.of_shard(1)
+    shared = shared_region(2)
+    first, second = Ledger(shared, 0), Ledger(shared, 1)
     columns = first.columns_of("1000")
     other = second.columns_of("0")
     assert second.columns_of("1000") == columns
@@ -74,8 +75,8 @@ def test_groups_have_the_same_columns_everywhere() -> None:
 
 def test_a_budget_of_another_day_does_not_count() -> None:
     """What others have written back counts on the day that they have written it."""
-    shared = SharedLedger(2)
-    first, second = shared.of_shard(0), shared.of_shard(1)
+    shared = shared_region(2)
+    first, second = Ledger(shared, 0), Ledger(shared, 1)
     first.enter(Column.BUDGET_DAY, 8)
     first.enter(Column.BUDGET, 100)
     assert second.budget_of_others(8) == 100
@@ -85,7 +86,7 @@ def test_a_budget_of_another_day_does_not_count() -> None:
 
 def test_the_pool_is_full_for_all_together() -> None:
     """What one shard holds is not there for the other; what it frees is, at once."""
-    one, two = rigs(SharedLedger(2), 2)
+    one, two = rigs(shared_region(2), 2)
     mine, other = one.space(), two.space()
     held: list[U64] = []
     while (stored := one.store(mine, pages_of("noise", 16, 16 * len(held)))).reason is None:
@@ -107,7 +108,7 @@ def test_the_pool_is_full_for_all_together() -> None:
 def test_a_groups_limit_is_for_all_its_pages() -> None:
     """A group at its limit on one shard is at its limit on the other; another group is not."""
     limits = {"7": GroupLimits(pool_max=256 * KIB)}
-    one, two = rigs(SharedLedger(2), 2, groups=limits)
+    one, two = rigs(shared_region(2), 2, groups=limits)
     mine = one.space("7")
     while one.store(mine, pages_of("noise", 4, one.engine.core.stats.store_pages)).reason is None:
         pass
@@ -118,7 +119,7 @@ def test_a_groups_limit_is_for_all_its_pages() -> None:
 def test_a_groups_device_limit_is_for_all_its_pages() -> None:
     """What a group has on its part of a device counts on the other shards too."""
     limits = {"7": GroupLimits(device_max=300 * KIB)}
-    one, two = rigs(SharedLedger(2), 2, groups=limits, pool_enabled=False)
+    one, two = rigs(shared_region(2), 2, groups=limits, pool_enabled=False)
     for rig in (one, two):
         rig.swapon(8)
     one.put(one.space("7"), pages_of("noise", 60))
@@ -128,7 +129,7 @@ def test_a_groups_device_limit_is_for_all_its_pages() -> None:
 
 def test_the_write_budget_is_for_all_together() -> None:
     """What one shard wrote today is not there for the others; tomorrow it is."""
-    one, two = rigs(SharedLedger(2), 2, write_budget=4 * EXTENT_BYTES, pool_max=8 * MIB)
+    one, two = rigs(shared_region(2), 2, write_budget=4 * EXTENT_BYTES, pool_max=8 * MIB)
     for rig in (one, two):
         rig.swapon(16)
         rig.put(rig.space(), pages_of("noise", 400))
@@ -143,7 +144,7 @@ def test_the_write_budget_is_for_all_together() -> None:
 
 def test_each_shard_makes_its_share_go() -> None:
     """Above the high watermark of the sum each shard writes back, until that is below the low."""
-    one, two = rigs(SharedLedger(2), 2, pool_max=8 * MIB)
+    one, two = rigs(shared_region(2), 2, pool_max=8 * MIB)
     devices = [rig.swapon(64) for rig in (one, two)]
     one.put(one.space(), pages_of("noise", 1400))
     two.put(two.space(), pages_of("noise", 560))
@@ -166,7 +167,7 @@ def test_each_shard_makes_its_share_go() -> None:
 # Processes
 
 
-def _fill(shared: SharedLedger, shard: int, pipe: Connection) -> None:
+def _fill(shared: SharedRegion, shard: int, pipe: Connection) -> None:
     rig = rigs(shared, shard + 1)[shard]
     space = rig.space()
     first = shard * 100_000
@@ -193,7 +194,7 @@ def test_processes_cannot_pass_a_limit_together(
     child: Callable[..., tuple[Connection, int]],
 ) -> None:
     """Four processes that fill one pool as fast as they can stay within it, and use it up."""
-    shared = SharedLedger(4)
+    shared = shared_region(4)
     pipes = [child(_fill, shared, shard)[0] for shard in range(4)]
     for pipe in pipes:
         pipe.send("go")
@@ -201,27 +202,27 @@ def test_processes_cannot_pass_a_limit_together(
     assert 3.5 * MIB < used <= 4 * MIB
 
 
-def _hold(shared: SharedLedger, pipe: Connection) -> None:
-    with shared.of_shard(0).hold():
+def _hold(shared: SharedRegion, pipe: Connection) -> None:
+    with Ledger(shared, 0).hold():
         pipe.send("held")
         signal.pause()
 
 
 def test_a_killed_process_holds_nothing(child: Callable[..., tuple[Connection, int]]) -> None:
     """A process that is killed while it holds the ledger does not keep the others from it."""
-    shared = SharedLedger(2)
+    shared = shared_region(2)
     pipe, pid = child(_hold, shared)
     assert pipe.recv() == "held"
     os.kill(pid, signal.SIGKILL)
-    ledger = shared.of_shard(1)
+    ledger = Ledger(shared, 1)
     with ledger.hold():
         ledger.enter(Column.POOL, 1)
-    assert shared.of_shard(0).others(Column.POOL) == 1
+    assert Ledger(shared, 0).others(Column.POOL) == 1
 
 
 def test_devices_are_not_in_the_ledger() -> None:
     """A shard without a device says so, whatever the others have."""
-    one, two = rigs(SharedLedger(2), 2, pool_max=1 * MIB)
+    one, two = rigs(shared_region(2), 2, pool_max=1 * MIB)
     one.swapon(4)
     assert isinstance(one.devices[0], UnkindDevice)
     space = two.space()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -33,6 +33,8 @@ class Watched:
         self.idle = threading.Semaphore(0)
         """Released whenever a count was 0: the thread is about to sleep."""
         self.mistake: Exception | None = None
+        self.before_sleep: Callable[[], None] | None = None
+        """Called once, by the thread, when it has found nothing to do and is about to sleep."""
 
     def count(self) -> int:
         self.counts += 1
@@ -45,6 +47,9 @@ class Watched:
         return count
 
     def next_wakeup(self) -> float | None:
+        call, self.before_sleep = self.before_sleep, None
+        if call is not None:
+            call()
         return self._shrinker.next_wakeup()
 
     def scan(self, nbytes: int) -> Operation[int]:
@@ -173,18 +178,14 @@ def test_each_poke_is_one_look() -> None:
         assert running.shrinker.scans == 0
 
 
-def test_pokes_while_it_works_are_not_lost() -> None:
-    """What is said while it is busy is looked at before it sleeps."""
-    rig = make_engine(2 * MIB, devices=[32])
-    with _running(rig) as running:
-        for turn in range(30):
-            space = rig.space()
-            with running.driver.lock:
-                slots = rig.put(space, pages_of("noise", 5, 10 * turn))
-                rig.free(space, slots)
-                running.thread.poke()
+def test_a_poke_between_the_last_look_and_the_sleep_is_not_lost() -> None:
+    """What is said when it has just found nothing to do is looked at before it sleeps."""
+    with _running(make_engine()) as running:
+        for _ in range(30):
+            running.shrinker.before_sleep = running.thread.poke
+            running.poke()
             running.until_idle()
-            assert not running.shrinker.idle.acquire(blocking=False)
+        assert running.shrinker.counts == 61
 
 
 def test_it_wakes_when_something_becomes_due() -> None:

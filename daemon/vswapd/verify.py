@@ -184,8 +184,14 @@ def _check_segments(core: Core, words: U64, tags: I64) -> list[str]:
         places.length.sum()
     ):
         problems.append("the pools' totals are not what the table names")
-    if sum(p.entries for p in zswap.pools) != zswap.total_entries:
-        problems.append("the pools' entries do not add up")
+    of = zswap.pools_of(places.number)
+    per_pool = np.bincount(of, minlength=len(zswap.pools))
+    bytes_per_pool = np.bincount(of, places.length, minlength=len(zswap.pools))
+    problems += [
+        f"pool {pool.codec.spec} counts other live entries than the table names"
+        for pool in zswap.pools
+        if (pool.entries, pool.live_bytes) != (per_pool[pool.index], bytes_per_pool[pool.index])
+    ]
     return problems
 
 
@@ -235,13 +241,14 @@ def _check_groups(core: Core, words: U64, tags: I64) -> list[str]:
 
     pool = per_space(tags == Tag.ZSWAP, lengths)
     device = per_space(tags == Tag.PHYS, lengths)
+    zero = per_space(tags == Tag.ZERO)
     backed = per_space(tags >= Tag.ZERO)
     allocated = per_space(tags != Tag.FREE)
     problems = [
         f"space {space.id} counts other slots or pages than the table has for it"
         for i, space in enumerate(spaces)
-        if (space.compressed_bytes, space.backed_pages, space.slots.slots)
-        != (pool[i] + device[i], backed[i], allocated[i])
+        if (space.compressed_bytes, space.zero_pages, space.backed_pages, space.slots.slots)
+        != (pool[i] + device[i], zero[i], backed[i], allocated[i])
     ]
     of_space = np.array([space.group.index for space in spaces], np.int64)
     problems += [

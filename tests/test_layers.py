@@ -39,6 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "demo"),
     ("cli",),
     ("service",),
+    ("shard",),
     ("server", "steering", "listener", "watchdog"),
     ("connection",),
     ("session",),

@@ -13,45 +13,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import resource
 import secrets
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, journal, status
 from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Device
-from vswapd.driver import Driver, Pending, T, Task
 from vswapd.errors import EngineError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.listener import Listener
 from vswapd.notify import ServiceManager
-from vswapd.peer import Peer
-from vswapd.server import Server
-from vswapd.session import Compressor, Context, Limits, Session
-from vswapd.shrinker_thread import ShrinkerThread
+from vswapd.shard import Shard, beside
 from vswapd.sizes import human_size
-from vswapd.steering import Opened, Steering
-from vswapd.vswap import Engine
+from vswapd.steering import Opened
 from vswapd.watchdog import Watchdog
 from vswapd_blockdev.sealed import SealedDevice
 from vswapd_blockdev.swapfile import SwapFile
 
 _LOG: Final = logging.getLogger(__name__)
-_PATIENCE_S: Final = 30.0
-"""Seconds that requests under way are given to end when the daemon stops."""
-_SWITCH_S: Final = 0.0005
-"""Seconds after which a thread must let another run: the shrinker's Python is not to hold the event
-loop up for the default of 5 ms."""
 _STATUS_S: Final = 10.0
 """How often the line that `systemctl status` shows is made anew."""
 _OTHER_DESCRIPTORS: Final = 128
@@ -64,18 +50,6 @@ class ServiceError(Exception):
     exit_code: ClassVar[int] = 71
 
 
-def clock() -> float:
-    """Seconds: those of the day at the first call, and from then on without leaps.
-
-    Days of it are days of UTC, which write budgets want; a clock that somebody sets would make
-    pages idle for years, or give a day's budget twice.
-    """
-    return _CLOCK_BASE + time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-_CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
 class Service:
     """One daemon, made inside a running event loop."""
 
@@ -86,50 +60,15 @@ class Service:
         self._boot_id = secrets.token_bytes(16)
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        self._engine = Engine.create(config.settings(self._host), clock)
-        self._driver = Driver()
-        self._shrinker = ShrinkerThread(self._engine.shrinker, self._driver, clock)
-        self._engine.on_pressure = self._shrinker.poke
         self._metrics: Any = None
         """The exporter, once metrics are switched on for the first time."""
-        self._steering = Steering(
-            version=__version__,
-            engine=self._engine,
-            surroundings=self,
-            host=self._host,
+        self._shard = Shard(
             config=config,
+            host=self._host,
             source=source,
             overrides=overrides,
+            surroundings=self,
             open_device=self._open_device,
-        )
-        self._server = self._make_server(config)
-
-    def _make_server(self, config: Config) -> Server:
-        keys = config.server
-        limits = Limits(
-            max_batch=keys.max_batch,
-            # Text has a limit of its own, which small batches must not cut.
-            max_frame=HEADER_BYTES
-            + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
-            max_pipeline=keys.max_pipeline,
-        )
-        context = Context(
-            engine=self._engine,
-            compressor=Compressor(self._engine),
-            steering=self._steering,
-            limits=limits,
-        )
-
-        def new_session(peer: Peer) -> Session:
-            return Session(context, peer)
-
-        return Server(
-            driver=self._driver,
-            new_session=new_session,
-            max_connections=keys.max_connections,
-            max_frame=limits.max_frame,
-            buffer_memory=int(keys.buffer_memory),
-            request_timeout=float(keys.request_timeout),
         )
 
     def _open_device(self, entry: Device) -> Opened:
@@ -166,50 +105,33 @@ class Service:
 
     async def _start(self, made: contextlib.AsyncExitStack) -> str:
         """Make everything, and leave in `made` how it is unmade; returns where it listens."""
-        sys.setswitchinterval(_SWITCH_S)
-        config = self._steering.config
+        shard = self._shard
+        config = shard.steering.config
         _raise_descriptors(config.server.max_connections)
         where, listeners = self._listeners(config, made)
         if config.pool.lock_memory:
             self._lock_memory()
-        made.callback(self._driver.close)
-        made.callback(self._close_devices)
-        self._shrinker.start()
-        made.push_async_callback(asyncio.to_thread, self._shrinker.stop)
+        await shard.start(made)
         for entry in config.devices:
-            opened = await self._drive(self._steering.swapon(entry))
+            opened = await shard.drive(shard.steering.swapon(entry))
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
         made.push_async_callback(asyncio.to_thread, self._close_metrics)
         await asyncio.to_thread(self.configure, config)
-        # What has been made so far stays: no collection need look at it again.
-        gc.collect()
-        gc.freeze()
-        made.push_async_callback(self._server.stop, _PATIENCE_S)
+        shard.serve(made)
         for listener in listeners:
-            self._server.listen(listener)
-        self._every(made, self._tell_status)
+            shard.server.listen(listener)
+        beside(made, self._tell_status())
         if self._manager.watchdog_s is not None:
             watchdog = Watchdog(
-                self._driver, self._shrinker, lambda: self._manager.tell(WATCHDOG="1")
+                shard.driver, shard.shrinker, lambda: self._manager.tell(WATCHDOG="1")
             )
-            self._every(made, lambda: watchdog.run(self._manager.watchdog_s or 0.0))
+            beside(made, watchdog.run(self._manager.watchdog_s))
         return where
-
-    def _every(self, made: contextlib.AsyncExitStack, work: Callable[[], Any]) -> None:
-        """Have something run beside all else until the end."""
-        task = self._loop.create_task(work())
-
-        async def end() -> None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-        made.push_async_callback(end)
 
     def _lock_memory(self) -> None:
         try:
-            self._engine.lock_memory()
+            self._shard.engine.lock_memory()
         except OSError as error:
             soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
             raise ServiceError(
@@ -236,17 +158,9 @@ class Service:
         made.callback(listener.close)
         return listener.path, [listener.socket]
 
-    def _close_devices(self) -> None:
-        for opened in self._steering.devices.values():
-            opened.device.close()
-
     def _close_metrics(self) -> None:
         if self._metrics is not None:
             self._metrics.close()
-
-    async def _drive(self, task: Task[T]) -> T:
-        outcome = self._driver.start(task)
-        return await self._driver.finish(outcome) if isinstance(outcome, Pending) else outcome
 
     # What the service manager shows
 
@@ -260,10 +174,10 @@ class Service:
             await asyncio.sleep(_STATUS_S)
 
     def _headline(self) -> str:
-        with self._driver.lock:
-            snapshot = self._engine.snapshot()
+        with self._shard.driver.lock:
+            snapshot = self._shard.engine.snapshot()
         return (
-            f"{snapshot.slots.allocated:,} pages of {self._server.clients} clients, "
+            f"{snapshot.slots.allocated:,} pages of {self._shard.server.clients} clients, "
             f"{human_size(snapshot.saved_bytes)} saved"
         )
 
@@ -276,8 +190,8 @@ class Service:
             state="stopping" if self._stopping.is_set() else "running",
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started,
-            clients=self._server.clients,
-            shrinker_errors=self._shrinker.errors,
+            clients=self._shard.server.clients,
+            shrinker_errors=self._shard.shrinker.errors,
             settings=config.flat(),
         )
 
@@ -295,19 +209,19 @@ class Service:
 
     def _document(self) -> dict[str, Any]:
         """The status document, for threads."""
-        document = self._driver.run(self._steering.status())
+        document = self._shard.driver.run(self._shard.steering.status())
         assert document is not None
         return document
 
     # SIGHUP
 
     def _hang_up(self) -> None:
-        self._server.spawn(self._reload())
+        self._shard.server.spawn(self._reload())
 
     async def _reload(self) -> None:
         self._manager.reloading()
         try:
-            done = await self._drive(self._steering.reload())
+            done = await self._shard.drive(self._shard.steering.reload())
         except (ConfigError, EngineError) as error:
             _LOG.error("reload: nothing was changed: %s", error)
         else:

@@ -8,6 +8,7 @@ This module must not know files, TOML, or the host.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -65,3 +66,13 @@ class Settings:
     def limits_of(self, group: str) -> GroupLimits:
         """The limits of a group: its own, else the default ones."""
         return self.groups.get(group, self.default_group)
+
+    def of_one(self, shards: int) -> Settings:
+        """What each of so many shards is told: what is not shared through the ledger is divided."""
+        if shards == 1:
+            return self
+        return dataclasses.replace(
+            self,
+            max_slots=-(-self.max_slots // shards),
+            shrinker_rate=-(-self.shrinker_rate // shards),
+        )

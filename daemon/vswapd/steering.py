@@ -147,7 +147,8 @@ class Steering:
         try:
             old = self.config
             new = yield from _worker(lambda: change(old))
-            settings = yield from _worker(lambda: new.settings(self._host))
+            whole = yield from _worker(lambda: new.settings(self._host))
+            settings = whole.of_one(self._engine.core.ledger.shards)
             self._engine.apply(settings)
             try:
                 yield from _worker(lambda: self._surroundings.configure(new))

@@ -1,0 +1,163 @@
+"""One shard: an engine, the thread that shrinks it, and the connections that it serves.
+
+A daemon is one shard in one process, or several of them behind a supervisor.
+
+Invariants:
+- What was started is stopped in the reverse order: connections first, the engine's workers last.
+
+This module must not know where connections come from, the service manager, or concrete devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
+from vswapd import __version__, session
+from vswapd.config import Config
+from vswapd.driver import Driver, Pending, T, Task
+from vswapd.host import Host
+from vswapd.ledger import Ledger
+from vswapd.peer import Peer
+from vswapd.server import Server
+from vswapd.session import Compressor, Context, Limits, Session
+from vswapd.shrinker_thread import ShrinkerThread
+from vswapd.steering import OpenDevice, Steering, Surroundings
+from vswapd.vswap import Engine
+
+_LOG: Final = logging.getLogger(__name__)
+_PATIENCE_S: Final = 30.0
+"""Seconds that requests under way are given to end when the daemon stops."""
+_SWITCH_S: Final = 0.0005
+"""Seconds after which a thread must let another run: the shrinker's Python is not to hold the event
+loop up for the default of 5 ms."""
+
+
+def clock() -> float:
+    """Seconds: those of the day at the first call, and from then on without leaps.
+
+    Days of it are days of UTC, which write budgets want; a clock that somebody sets would make
+    pages idle for years, or give a day's budget twice.
+    """
+    return _CLOCK_BASE + time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+_CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Shard:
+    """See the module. Made inside a running event loop."""
+
+    def __init__(
+        self,
+        *,
+        config: Config,
+        host: Host,
+        source: Path | None,
+        overrides: tuple[str, ...],
+        surroundings: Surroundings,
+        open_device: OpenDevice,
+        ledger: Ledger | None = None,
+        operators: session.Steering | None = None,
+    ) -> None:
+        """Make a shard, and start nothing yet.
+
+        Args:
+            config: what it starts with.
+            host: what is known of the machine.
+            source: the file that a reload reads.
+            overrides: what holds on top of it.
+            surroundings: the rest of the service, for its steering.
+            open_device: how a device is opened.
+            ledger: what it shares limits through; None: it is the only shard.
+            operators: who answers STATUS and CONTROL; None: the shard's own steering.
+        """
+        self.ledger: Final = ledger or Ledger()
+        settings = config.settings(host).of_one(self.ledger.shards)
+        self.engine: Final = Engine.create(settings, clock, ledger=self.ledger)
+        self.driver: Final = Driver()
+        self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
+        self.engine.on_pressure = self.shrinker.poke
+        self.steering: Final = Steering(
+            version=__version__,
+            engine=self.engine,
+            surroundings=surroundings,
+            host=host,
+            config=config,
+            source=source,
+            overrides=overrides,
+            open_device=open_device,
+        )
+        self.server: Final = self._make_server(config, operators or self.steering)
+
+    def _make_server(self, config: Config, operators: session.Steering) -> Server:
+        keys = config.server
+        limits = Limits(
+            max_batch=keys.max_batch,
+            # Text has a limit of its own, which small batches must not cut.
+            max_frame=HEADER_BYTES
+            + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
+            max_pipeline=keys.max_pipeline,
+        )
+        context = Context(
+            engine=self.engine,
+            compressor=Compressor(self.engine),
+            steering=operators,
+            limits=limits,
+        )
+
+        def new_session(peer: Peer) -> Session:
+            return Session(context, peer)
+
+        return Server(
+            driver=self.driver,
+            new_session=new_session,
+            max_connections=keys.max_connections,
+            max_frame=limits.max_frame,
+            buffer_memory=int(keys.buffer_memory) // self.ledger.shards,
+            request_timeout=float(keys.request_timeout),
+        )
+
+    async def start(self, made: contextlib.AsyncExitStack) -> None:
+        """Start everything but the service of connections; leaves in `made` how it is ended."""
+        sys.setswitchinterval(_SWITCH_S)
+        made.callback(self.driver.close)
+        made.callback(self._close_devices)
+        self.shrinker.start()
+        made.push_async_callback(asyncio.to_thread, self.shrinker.stop)
+
+    def serve(self, made: contextlib.AsyncExitStack) -> None:
+        """Connections may come from now on."""
+        # What has been made so far stays: no collection need look at it again.
+        gc.collect()
+        gc.freeze()
+        made.push_async_callback(self.server.stop, _PATIENCE_S)
+
+    def _close_devices(self) -> None:
+        for opened in self.steering.devices.values():
+            opened.device.close()
+
+    async def drive(self, task: Task[T]) -> T:
+        """Drive a task of the engine's or the steering's to its end."""
+        outcome = self.driver.start(task)
+        return await self.driver.finish(outcome) if isinstance(outcome, Pending) else outcome
+
+
+def beside(made: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
+    """Have something run beside all else until the end."""
+    task = asyncio.get_running_loop().create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    made.push_async_callback(end)

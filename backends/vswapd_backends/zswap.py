@@ -39,6 +39,8 @@ from vswapd_backends.segment import (
 )
 from vswapd_backends.zpool import ZPool
 
+F64 = npt.NDArray[np.float64]
+
 _NEVER: Final = np.iinfo(np.int64).max
 _TWO_PAGES: Final = 2 * PAGE_BYTES
 
@@ -397,9 +399,10 @@ class Zswap:
         """A segment's place in the order of coldness; lower is colder."""
         return int(self._age[segment])
 
-    def stamp_of(self, segment: int) -> float:
-        """The engine's clock when the segment was last appended to."""
-        return float(self._stamp[segment])
+    def stamps_of(self, segments: I64) -> F64:
+        """The engine's clock when each of n segments was last appended to."""
+        found: F64 = self._stamp[segments]
+        return found
 
     def is_open(self, segment: int) -> bool:
         """Whether the segment is its stream's open one."""
@@ -414,6 +417,10 @@ class Zswap:
     def sealed(self, segments: I64) -> I64:
         """Those of the segments that are no stream's open one."""
         return segments[~np.isin(segments, [segment for segment, _ in self._open.values()])]
+
+    def in_groups(self, segments: I64, groups: I64) -> npt.NDArray[np.bool_]:
+        """Which of the segments belong to one of these groups."""
+        return np.isin(self._group[segments], groups)
 
     def in_stream(self, segments: I64, stream: Stream) -> npt.NDArray[np.bool_]:
         """Which of the segments belong to a stream."""
@@ -432,11 +439,12 @@ class Zswap:
         limit = self.arena.limit
         if not limit:
             return None
+        segments = np.arange(limit)
         ages = np.where(self._pins[:limit] == 0, self._age[:limit], _NEVER)
         if stream is not None:
-            ages[~self.in_stream(np.arange(limit), stream)] = _NEVER
+            ages[~self.in_stream(segments, stream)] = _NEVER
         if groups is not None:
-            ages[~np.isin(self._group[:limit], groups)] = _NEVER
+            ages[~self.in_groups(segments, groups)] = _NEVER
         segment = int(ages.argmin())
         return None if ages[segment] == _NEVER else segment
 

@@ -92,7 +92,7 @@ class Compaction:
             target,
             builder,
             age=max(zswap.age_of(s) for s in sources.tolist()),
-            stamp=max(zswap.stamp_of(s) for s in sources.tolist()),
+            stamp=float(zswap.stamps_of(sources).max()),
         )
         length = np.concatenate(lengths)
         places = Places.within(target, np.concatenate(offsets), length)

@@ -7,8 +7,9 @@ long.
 
 Invariants:
 - When nothing can be done (no device, device full, budget spent, writeback off) count is 0, and
-  `why` says which it is; the thread that calls this then sleeps. A scan that got nowhere makes
-  count 0 until something has changed.
+  `why` says which it is; the thread that calls this then sleeps. Work that got nowhere is not tried
+  again until something has changed, and keeps no other work from being done.
+- When count is 0 the next wake-up is still to come.
 - Recent loads from the device protect what is still in the pool from idle writeback (as
   nr_disk_swapins does in mm/zswap.c), not from writeback that the limits demand.
 
@@ -17,6 +18,8 @@ This module must not know threads or sleep: `wanted` and `next_wakeup` are for t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 import numpy as np
@@ -26,11 +29,13 @@ from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.groups import Group
 from vswapd.writeback import Cause, Stop, Writeback
-from vswapd_backends.base import SEGMENT_BYTES, Operation
+from vswapd_backends.base import I64, SEGMENT_BYTES, Operation
 
 _DAY: Final = 86400.0
 _SPARE_AGE: Final = 1.0
 """Seconds that freed pool memory is kept for reuse before it goes back to the system."""
+_RETRY_S: Final = 60
+"""Seconds after which work that got nowhere is tried again although nothing has changed."""
 _WHY: Final = {
     Stop.NO_DEVICE: "no swap device",
     Stop.DEVICE_FULL: "swap devices are full",
@@ -40,6 +45,25 @@ _WHY: Final = {
     Stop.GROUP_LIMIT: "the groups that hold pages are at their device limits",
     Stop.NOTHING_LEFT: "nothing left that could go",
 }
+
+
+class Doing(StrEnum):
+    """What the shrinker does, in the order in which it looks for it."""
+
+    DISCARDING = "discarding"
+    TRIMMING = "trimming"
+    COMPACTING = "compacting"
+    MERGING = "merging extents"
+    WRITING = "writing back"
+    IDLE = "idle"
+
+
+@dataclass(frozen=True, slots=True)
+class _Stall:
+    """Work that got nowhere: how things stood after it, and why it did."""
+
+    signature: tuple[int, ...]
+    why: str
 
 
 class Shrinker:
@@ -52,29 +76,37 @@ class Shrinker:
         self._writeback = writeback
         self._compaction = compaction
         self._moves = moves
-        self.doing = "idle"
-        """`idle`, `discarding`, `trimming`, `compacting`, `merging extents`, `writing back`."""
+        self.doing = Doing.IDLE
         self.why = "below the watermarks"
         """Why it idles, or why it works."""
         self.last_bytes = 0
         """Bytes that the last scan made go."""
         self._working = False
+        """Whether the high watermark was passed, and the low one is not reached."""
+        self._only: Group | None = None
+        """Whose pages are to be written back; None: the oldest, whosever they are."""
         self._spare_since: float | None = None
+        self._watching = False
+        """Whether the next wake-up is early enough for pages that grow old."""
         self._protected = 0
+        self._protected_at = core.clock()
         self._tokens = 0.0
         self._tokens_at = core.clock()
-        self._stalled_at: tuple[int, ...] | None = None
-        self._stalled_why = ""
+        self._held_back = False
+        """Whether it would write if shrinker.rate let it."""
+        self._stalls: Final[dict[Doing, _Stall]] = {}
+        """By what it was that got nowhere."""
 
     # Signals
 
     def protect(self, length: int) -> None:
         """Entries of `length` compressed bytes were loaded from a device."""
+        self._wear_off()
         self._protected += length
 
     def settings_changed(self) -> None:
         """Limits or devices have changed: what could not go before may go now."""
-        self._stalled_at = None
+        self._stalls.clear()
         self._working = False
 
     def wanted(self) -> bool:
@@ -85,59 +117,74 @@ class Shrinker:
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._compaction.wanted()
+            or (not self._watching and core.settings.idle_age > 0 and core.zswap.total_entries > 0)
         )
 
     def next_wakeup(self) -> float | None:
-        """The clock's time at which there may be work although nothing happens until then."""
-        core, settings = self._core, self._core.settings
-        times: list[float] = []
-        if self._spare_since is not None:
-            times.append(self._spare_since + _SPARE_AGE)
-        if not settings.shrinker_enabled:
-            return min(times, default=None)
-        if settings.idle_age and core.devices.any:
-            segments = core.zswap.oldest_first()
-            if len(segments):
-                times.append(core.zswap.stamp_of(int(segments[0])) + settings.idle_age)
-        if self._writeback.obstacle() is Stop.WRITE_BUDGET:
-            times.append((core.clock() // _DAY + 1) * _DAY)
-        elif self._working and settings.shrinker_rate and self._allowed() < SEGMENT_BYTES:
-            missing = SEGMENT_BYTES - self._allowed()
-            times.append(core.clock() + missing / settings.shrinker_rate)
-        if self._protected and settings.idle_age:
-            times.append(core.clock() + max(1.0, settings.idle_age / 8))
-        if not times:
-            return None
-        # A stalled shrinker has tried: it is not woken again for what it could not do.
-        return max(min(times), core.clock() + (1.0 if self._is_stalled() else 0.0))
+        """The clock's time at which there may be work although nothing happens until then.
+
+        To be asked when count has just been 0.
+        """
+        self._watching = True
+        times = [] if self._spare_since is None else [self._spare_since + _SPARE_AGE]
+        if self._core.settings.shrinker_enabled:
+            times += self._writing_times()
+        return min(times, default=None)
+
+    def _writing_times(self) -> list[float]:
+        """When time alone may let it write: a new day, a token, a new try, pages grown old."""
+        settings, now = self._core.settings, self._core.clock()
+        stop = self._writeback.obstacle()
+        if stop is Stop.WRITE_BUDGET:
+            return [(now // _DAY + 1) * _DAY]
+        if stop is not None:
+            return []
+        if self._held_back:
+            return [now + (SEGMENT_BYTES - self._allowed()) / settings.shrinker_rate]
+        if self._is_stalled(Doing.WRITING):
+            return [max((now // _RETRY_S + 1) * _RETRY_S, now + 1.0)]
+        if not settings.idle_age:
+            return []
+        if not self._core.zswap.total_entries:
+            # Nothing can grow old. Whoever stores the first page wakes us.
+            self._watching = False
+            return []
+        due = self._core.zswap.stamps_of(self._eligible()) + settings.idle_age
+        times = [float(due[due > now].min(initial=now + settings.idle_age))]
+        if (due <= now).any():
+            times.append(self._protected_at + self._half_life())
+        return times
 
     # Count
 
     def count(self) -> int:
         """Bytes that should go now; 0: nothing, or nothing can be done. Sets `doing` and `why`."""
         settings = self._core.settings
+        self._held_back = False
         if self._core.devices.discards_waiting:
-            return self._say("discarding", "extents were given up", SEGMENT_BYTES)
+            return self._say(Doing.DISCARDING, "extents were given up", SEGMENT_BYTES)
         if self._trim_is_due():
             spare = self._core.zswap.arena.spare_bytes
-            return self._say("trimming", "segments that nobody reused", spare)
+            return self._say(Doing.TRIMMING, "segments that nobody reused", spare)
         if not settings.shrinker_enabled:
-            return self._say("idle", "switched off (shrinker.enabled)", 0)
-        if self._is_stalled():
-            return self._say("idle", self._stalled_why, 0)
-        if self._compaction.wanted():
-            return self._say("compacting", "dead entries in the pool", self._compaction.waste())
+            return self._say(Doing.IDLE, "switched off (shrinker.enabled)", 0)
+        if self._compaction.wanted() and not self._is_stalled(Doing.COMPACTING):
+            return self._say(Doing.COMPACTING, "dead entries in the pool", self._compaction.waste())
         stop = self._writeback.obstacle()
-        if stop in {None, Stop.DEVICE_FULL} and self._moves.merge_pays():
-            return self._say("merging extents", "the device is nearly full", SEGMENT_BYTES)
+        mergeable = stop in {None, Stop.DEVICE_FULL} and not self._is_stalled(Doing.MERGING)
+        if mergeable and self._moves.merge_pays():
+            return self._say(Doing.MERGING, "the device is nearly full", SEGMENT_BYTES)
         excess, why = self._excess()
         if not excess:
-            return self._say("idle", why, 0)
+            return self._say(Doing.IDLE, why, 0)
         if stop is not None:
-            return self._say("idle", _WHY[stop], 0)
+            return self._say(Doing.IDLE, _WHY[stop], 0)
+        if self._is_stalled(Doing.WRITING):
+            return self._say(Doing.IDLE, self._stalls[Doing.WRITING].why, 0)
         if settings.shrinker_rate and self._allowed() < SEGMENT_BYTES:
-            return self._say("idle", "held back by shrinker.rate", 0)
-        return self._say("writing back", why, excess)
+            self._held_back = True
+            return self._say(Doing.IDLE, "held back by shrinker.rate", 0)
+        return self._say(Doing.WRITING, why, excess)
 
     def _trim_is_due(self) -> bool:
         if not self._core.zswap.arena.spare_bytes:
@@ -148,13 +195,14 @@ class Shrinker:
             self._spare_since = now
         return now - self._spare_since >= _SPARE_AGE
 
-    def _say(self, doing: str, why: str, count: int) -> int:
+    def _say(self, doing: Doing, why: str, count: int) -> int:
         self.doing = doing
         self.why = why
         return count
 
     def _excess(self) -> tuple[int, str]:
-        """Bytes over what the limits want to see in the pool, and which of them."""
+        """Bytes over what the limits want to see in the pool, and which of them. Notes whose."""
+        self._only = None
         core, settings = self._core, self._core.settings
         used = core.pool_use()
         if used > settings.high_watermark * settings.pool_max:
@@ -165,36 +213,57 @@ class Shrinker:
             mine = -(-(used - floor) * core.zswap.in_use_bytes // used)
             return mine, "the pool passed its high watermark"
         self._working = False
-        group = self._over_limit()
-        if group is not None:
-            return group.pool_excess(), f"group {group.name} is over its pool limit"
+        over = [g for g in core.groups if g.limits.writeback and g.pool_excess()]
+        eligible = self._writeback.eligible()
+        for group in over:
+            if group.index in eligible:
+                self._only = group
+                return group.pool_excess(), f"group {group.name} is over its pool limit"
         idle = self._idle_bytes()
         if idle > 0:
             return idle, "pages older than shrinker.idle_age"
+        if over:
+            return 0, _WHY[Stop.GROUP_LIMIT]
         if self._protected and settings.idle_age:
             return 0, "recent loads from the device protect the pool"
         return 0, "below the watermarks"
 
-    def _over_limit(self) -> Group | None:
-        for group in self._core.groups:
-            if group.pool_excess() and group.limits.writeback:
-                return group
-        return None
-
     def _idle_bytes(self) -> int:
-        """Compressed bytes in segments untouched for idle_age, less the protected ones."""
+        """Compressed bytes in segments untouched for idle_age, less the protected ones.
+
+        Those of one group, which is noted: the group with the coldest of them. Elsewhere there may
+        be pages that are older and yet not idle, in a log that grows slowly.
+        """
         core, settings = self._core, self._core.settings
         if not settings.idle_age:
             return 0
-        horizon = core.clock() - settings.idle_age
-        total = 0
-        for segment in core.zswap.oldest_first(groups=self._writeback.eligible()).tolist():
-            if core.zswap.stamp_of(segment) > horizon:
-                break
-            total += int(core.zswap.live_bytes[segment])
-        left = total - self._protected
-        self._protected //= 2
-        return max(0, left)
+        segments = self._eligible()
+        due = segments[core.zswap.stamps_of(segments) + settings.idle_age <= core.clock()]
+        if not len(due):
+            return 0
+        self._wear_off()
+        left = int(core.zswap.live_bytes[due].sum()) - self._protected
+        self._only = core.groups[core.zswap.stream_of(int(due[0]))[1]]
+        mine = due[core.zswap.in_groups(due, np.array([self._only.index]))]
+        return max(0, min(left, int(core.zswap.live_bytes[mine].sum())))
+
+    def _eligible(self) -> I64:
+        """Segments that may be written back, coldest first."""
+        return self._core.zswap.oldest_first(groups=self._writeback.eligible())
+
+    def _half_life(self) -> float:
+        """Seconds in which half of the protection wears off."""
+        return max(1.0, self._core.settings.idle_age / 8)
+
+    def _wear_off(self) -> None:
+        """Let time do to the protection what it does."""
+        now = self._core.clock()
+        if not self._protected:
+            self._protected_at = now
+            return
+        halvings = int((now - self._protected_at) // self._half_life())
+        self._protected >>= halvings
+        self._protected_at += halvings * self._half_life()
 
     def _allowed(self) -> float:
         """Bytes that shrinker.rate allows now; fills up to one second's worth."""
@@ -213,20 +282,21 @@ class Shrinker:
         gone = yield from self._scan(doing, nbytes)
         self._core.enter()
         self.last_bytes = gone
-        if gone == 0 and doing not in {"discarding", "trimming"}:
-            self._stalled_at = self._signature()
-            self._stalled_why = self.why
+        if gone:
+            self._stalls.pop(doing, None)
+        elif doing in {Doing.COMPACTING, Doing.MERGING, Doing.WRITING}:
+            self._stalls[doing] = _Stall(self._signature(), self.why)
         return gone
 
-    def _scan(self, doing: str, nbytes: int) -> Operation[int]:
+    def _scan(self, doing: Doing, nbytes: int) -> Operation[int]:
         match doing:
-            case "discarding":
+            case Doing.DISCARDING:
                 extents = yield from self._core.devices.discard()
                 return extents * SEGMENT_BYTES
-            case "trimming":
+            case Doing.TRIMMING:
                 self._spare_since = None
                 return self._core.zswap.arena.trim()
-            case "compacting":
+            case Doing.COMPACTING:
                 step = self._compaction.step()
                 if not self._compaction.wanted():
                     self._core.zswap.arena.trim()
@@ -234,26 +304,26 @@ class Shrinker:
                     self.why = "what is left of the dead entries is not worth copying"
                     return 0
                 return step.moved_bytes
-            case "merging extents":
+            case Doing.MERGING:
                 freed = yield from self._moves.merge()
                 return freed * SEGMENT_BYTES
-            case "writing back":
+            case Doing.WRITING:
                 return (yield from self._write(nbytes))
-            case _:
+            case Doing.IDLE:
                 return 0
 
     def _write(self, nbytes: int) -> Operation[int]:
-        only = None if self._working else self._over_limit()
         if self._core.settings.shrinker_rate:
             nbytes = min(nbytes, int(self._allowed()))
-        written = yield from self._writeback.write_back(nbytes, Cause.WRITEBACK, only)
+        written = yield from self._writeback.write_back(nbytes, Cause.WRITEBACK, self._only)
         self._tokens -= written.bytes
         if written.stopped is not None:
             self.why = _WHY[written.stopped]
         return written.bytes + written.moved
 
-    def _is_stalled(self) -> bool:
-        return self._stalled_at is not None and self._stalled_at == self._signature()
+    def _is_stalled(self, doing: Doing) -> bool:
+        stall = self._stalls.get(doing)
+        return stall is not None and stall.signature == self._signature()
 
     def _signature(self) -> tuple[int, ...]:
         """What would have to change before another scan can get further than the last one."""
@@ -267,5 +337,5 @@ class Shrinker:
             core.stats.free_pages,
             core.stats.writeback_pages,
             -1 if budget is None else budget // SEGMENT_BYTES,
-            int(np.int64(core.clock()) // 60),
+            int(np.int64(core.clock()) // _RETRY_S),
         )

@@ -54,7 +54,7 @@ from vswapd.swap_table import (
 )
 from vswapd.verify import VerifyReport, verify
 from vswapd.writeback import Cause, Stop, Writeback, Written
-from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places
+from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places, T
 from vswapd_backends.codec import CorruptError, UnknownCodecError
 from vswapd_backends.segment import payload_of
 from vswapd_backends.swapdev import SwapDevices
@@ -378,7 +378,7 @@ class Engine:
                 raise self._lost(slots[error.indices]) from None
             self.core.table.words[numbers] = with_reference(words)
         else:
-            pages = yield from self._load_mixed(slots, numbers, words)
+            pages = yield from self._then_nudge(self._load_mixed(slots, numbers, words))
         self.core.stats.load_pages += len(pages)
         return pages
 
@@ -514,7 +514,7 @@ class Engine:
         self.core.zswap.arena.most_bytes = settings.pool_max
         self.core.groups.apply(settings)
         self.shrinker.settings_changed()
-        self._nudge()
+        self._poke()
 
     def swapon(
         self, device: BlockDevice, priority: int, extents_of: ExtentMap | None = None
@@ -535,7 +535,7 @@ class Engine:
         if entry is None:
             raise OutOfServiceError("no more devices can be added: swapoff one first")
         self.shrinker.settings_changed()
-        self._nudge()
+        self._poke()
         return entry.index
 
     def swapoff(self, path: str) -> Operation[int]:
@@ -547,11 +547,11 @@ class Engine:
             NoSuchDeviceError: no device of that path is in use.
             SwapoffError: what lies on it fits nowhere else, or cannot be read; it stays in use.
         """
-        return self._moves.swapoff(path)
+        return self._then_nudge(self._moves.swapoff(path))
 
     def writeback(self, nbytes: int) -> Operation[Written]:
         """Write back at least `nbytes` of the coldest pages, or until something stops it."""
-        return self._writeback.write_back(nbytes, Cause.WRITEBACK)
+        return self._then_nudge(self._writeback.write_back(nbytes, Cause.WRITEBACK))
 
     def compact(self) -> Operation[CompactResult]:
         """Compact pools until no step pays any more."""
@@ -559,7 +559,7 @@ class Engine:
 
     def verify(self) -> Operation[VerifyReport]:
         """Walk table, pools and devices; check every checksum and every sum."""
-        return verify(self.core)
+        return self._then_nudge(verify(self.core))
 
     def lock_memory(self) -> None:
         """Keep table and pool in RAM, each page from its first touch on.
@@ -574,10 +574,20 @@ class Engine:
         """What the engine holds and has done, frozen. Cheap."""
         return snapshots.take(self.core, self.shrinker)
 
+    def _poke(self) -> None:
+        if self.on_pressure is not None:
+            self.on_pressure()
+
     def _nudge(self) -> None:
-        self.core.enter()
         if self.on_pressure is not None and self.shrinker.wanted():
             self.on_pressure()
+
+    def _then_nudge(self, operation: Operation[T]) -> Operation[T]:
+        """An operation whose end may leave the shrinker something: what was pinned goes then."""
+        try:
+            return (yield from operation)
+        finally:
+            self._nudge()
 
 
 def _refuse_closed(space: Space) -> None:

@@ -346,7 +346,7 @@ def test_an_adopted_segment_takes_the_place_that_it_is_given() -> None:
     compressed = compress(zswap, pages_of("text", 3))
     offsets = builder.add(np.arange(200, 203), compressed.lengths, compressed.payload)
     zswap.adopt(segment, builder, age=zswap.age_of(0), stamp=5.0)
-    assert zswap.stamp_of(segment) == 5.0
+    assert zswap.stamps_of(np.array([segment])).tolist() == [5.0]
     assert zswap.age_of(segment) == zswap.age_of(0) < zswap.age_of(1)
     assert zswap.oldest_first().tolist() == [0, segment, 1]
     assert not zswap.is_open(segment)
@@ -359,7 +359,7 @@ def test_what_the_shrinker_asks() -> None:
     zswap = _zswap()
     full = _fill_segment(zswap, first=0, now=7.0)
     _append(zswap, pages_of("text", 2), first=100, now=9.0)
-    assert [zswap.stamp_of(s) for s in (0, 1)] == [7.0, 9.0]
+    assert zswap.stamps_of(np.array([0, 1])).tolist() == [7.0, 9.0]
     both = np.array([0, 1])
     assert zswap.sealed(both).tolist() == [0]
     assert zswap.all_alive(both).tolist() == [True, True]

@@ -17,12 +17,12 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswapd import status
+from vswapd.arguments import Arguments
 from vswapd.config import Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
 from vswapd.driver import Compute, T, Task
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.host import Host
-from vswapd.sizes import UnitError, parse_size
 from vswapd.vswap import Engine
 from vswapd_backends.base import WAIT
 from vswapd_blockdev.device import BlockDevice, OpenError
@@ -30,8 +30,6 @@ from vswapd_blockdev.device import BlockDevice, OpenError
 _LOG: Final = logging.getLogger(__name__)
 _MOST_PRIORITY: Final = 32767
 """As swapon(8) has it."""
-_MOST_TEXT: Final = 4096
-"""PATH_MAX; no argument of any verb is longer."""
 
 
 class Opened(NamedTuple):
@@ -51,6 +49,42 @@ class Reloaded(NamedTuple):
 
     changed: tuple[str, ...]
     ignored: tuple[str, ...]
+
+    @classmethod
+    def between(cls, old: Config, new: Config, read: Config) -> Reloaded:
+        """What a reload of `read` has done that made `new` of `old`."""
+        before, after = old.flat(), new.flat()
+        changed = (k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+        return cls(tuple(sorted(changed)), old.fixed_changes(read))
+
+
+def with_set(old: Config, key: str, value: str) -> Config:
+    """What `vswapctl set` makes of a configuration.
+
+    Raises:
+        ConfigError: no such key or value, or one that cannot change while the daemon runs.
+    """
+    new = old.with_override(key, value)
+    if not reloadable(key):
+        text = "cannot be changed while the daemon runs: change the file, and restart"
+        raise ConfigError(text, key=key)
+    return new
+
+
+def device_of(arguments: Arguments) -> Device:
+    """The device that a swapon names.
+
+    Raises:
+        ArgumentError: it makes no sense.
+    """
+    entry = Device(
+        path=arguments.path("path"),
+        size=Size(arguments.size("size", least=1)) if "size" in arguments else None,
+        priority=arguments.number("priority", 0, most=_MOST_PRIORITY),
+        encrypt=arguments.flag("encrypt", default=True),
+    )
+    arguments.end()
+    return entry
 
 
 class Surroundings(Protocol):
@@ -117,7 +151,7 @@ class Steering:
         Raises:
             ArgumentError, OutOfServiceError: with what to do about it.
         """
-        arguments = _Arguments(request)
+        arguments = Arguments(request)
         verb = arguments.text("verb")
         if verb not in self.verbs:
             raise ArgumentError(f"there is no verb {verb!r}; there are {', '.join(self.verbs)}")
@@ -173,29 +207,20 @@ class Steering:
             return old.reloaded(read[0])
 
         old, new = yield from self.configure(change)
-        before, after = old.flat(), new.flat()
-        changed = (k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-        return Reloaded(tuple(sorted(changed)), old.fixed_changes(read[0]))
+        return Reloaded.between(old, new, read[0])
 
-    def _set(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _set(self, arguments: Arguments) -> Task[dict[str, Any]]:
         key, value = arguments.text("key"), arguments.text("value")
         arguments.end()
 
-        def change(old: Config) -> Config:
-            new = old.with_override(key, value)
-            if not reloadable(key):
-                text = "cannot be changed while the daemon runs: change the file, and restart"
-                raise ConfigError(text, key=key)
-            return new
-
         try:
-            old, new = yield from self.configure(change)
+            old, new = yield from self.configure(lambda old: with_set(old, key, value))
         except ConfigError as error:
             raise ArgumentError(str(error)) from None
         # A group's key that nobody had set holds nothing of its own yet.
         return {"key": key, "old": old.flat().get(key, ""), "new": new.get(key)}
 
-    def _reload(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _reload(self, arguments: Arguments) -> Task[dict[str, Any]]:
         arguments.end()
         try:
             done = yield from self.reload()
@@ -205,15 +230,8 @@ class Steering:
 
     # Devices
 
-    def _swapon(self, arguments: _Arguments) -> Task[dict[str, Any]]:
-        entry = Device(
-            path=arguments.path("path"),
-            size=Size(arguments.size("size", least=1)) if "size" in arguments else None,
-            priority=arguments.number("priority", 0, most=_MOST_PRIORITY),
-            encrypt=arguments.flag("encrypt", default=True),
-        )
-        arguments.end()
-        return (yield from self.swapon(entry))
+    def _swapon(self, arguments: Arguments) -> Task[dict[str, Any]]:
+        return (yield from self.swapon(device_of(arguments)))
 
     def swapon(self, entry: Device) -> Task[dict[str, Any]]:
         """Open a device and put it into use.
@@ -239,7 +257,7 @@ class Steering:
         found = next(d for d in self._engine.snapshot().devices if d.path == device.path)
         return {"path": entry.path, "size_bytes": found.size_bytes, "priority": found.priority}
 
-    def _swapoff(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _swapoff(self, arguments: Arguments) -> Task[dict[str, Any]]:
         path = arguments.path("path")
         arguments.end()
         moved = yield from self._engine.swapoff(path)
@@ -248,19 +266,19 @@ class Steering:
 
     # Work
 
-    def _writeback(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _writeback(self, arguments: Arguments) -> Task[dict[str, Any]]:
         nbytes = arguments.size("bytes", least=1)
         arguments.end()
         written = yield from self._engine.writeback(nbytes)
         stopped = None if written.stopped is None else written.stopped.value
         return {"bytes": written.bytes, "pages": written.pages, "stopped": stopped}
 
-    def _compact(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _compact(self, arguments: Arguments) -> Task[dict[str, Any]]:
         arguments.end()
         done = yield from self._engine.compact()
         return {"moved_bytes": done.moved_bytes, "freed_bytes": done.freed_bytes}
 
-    def _verify(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _verify(self, arguments: Arguments) -> Task[dict[str, Any]]:
         arguments.end()
         report = yield from self._engine.verify()
         for problem in report.problems:
@@ -273,12 +291,12 @@ class Steering:
             "checked_bytes": report.checked_bytes,
         }
 
-    def _spaces(self, arguments: _Arguments) -> Task[dict[str, Any]]:
+    def _spaces(self, arguments: Arguments) -> Task[dict[str, Any]]:
         arguments.end()
         return status.spaces(self._engine.snapshot(), self._engine.core.clock())
         yield
 
-    verbs: ClassVar[Mapping[str, Callable[[Steering, _Arguments], Task[dict[str, Any]]]]] = (
+    verbs: ClassVar[Mapping[str, Callable[[Steering, Arguments], Task[dict[str, Any]]]]] = (
         MappingProxyType(
             {
                 "set": _set,
@@ -292,72 +310,6 @@ class Steering:
             }
         )
     )
-
-
-class _Arguments:
-    """What a CONTROL request carries, taken out one by one and checked."""
-
-    def __init__(self, given: dict[str, Any]) -> None:
-        self._left = dict(given)
-
-    def __contains__(self, name: str) -> bool:
-        return self._left.get(name) is not None
-
-    def text(self, name: str) -> str:
-        """Text that must be there."""
-        value = self._take(name)
-        if not isinstance(value, str) or len(value) > _MOST_TEXT:
-            raise ArgumentError(f"{name}: write text, of {_MOST_TEXT} characters at most")
-        return value
-
-    def path(self, name: str) -> str:
-        """An absolute path: the daemon's working directory is not the caller's."""
-        value = self.text(name)
-        if not value.startswith("/") or "\0" in value:
-            raise ArgumentError(f"{name}: {value!r} is no absolute path: the daemon runs elsewhere")
-        return value
-
-    def size(self, name: str, *, least: int) -> int:
-        """Bytes, as a number or as a size such as 512M."""
-        value = self._take(name)
-        if isinstance(value, bool) or not isinstance(value, int | str):
-            raise ArgumentError(f"{name}: write bytes, or a size such as 512M")
-        try:
-            size = parse_size(value)
-        except UnitError as error:
-            raise ArgumentError(f"{name}: {error}") from None
-        if size < least:
-            raise ArgumentError(f"{name}: {size} is too little: write {least} or more")
-        return size
-
-    def number(self, name: str, default: int, *, most: int) -> int:
-        """A whole number, 0 to `most`; null is as if it were not there."""
-        value = self._left.pop(name, None)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            raise ArgumentError(f"{name}: {value!r}: write a whole number, 0 to {most}")
-        return value
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        """True or false; null is as if it were not there."""
-        value = self._left.pop(name, None)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise ArgumentError(f"{name}: {value!r}: write true or false")
-        return value
-
-    def end(self) -> None:
-        """Nothing may be left, but for what is null."""
-        for name, value in self._left.items():
-            if value is not None:
-                raise ArgumentError(f"{name!r} is no argument of this verb")
-
-    def _take(self, name: str) -> Any:
-        if name not in self:
-            raise ArgumentError(f"{name} is missing")
-        return self._left.pop(name)
 
 
 def _worker(call: Callable[[], T]) -> Task[T]:

@@ -38,6 +38,7 @@ from vswapd_backends.base import (
 from vswapd_backends.segment import DIRECTORY_ENTRY_BYTES, ImageBuilder, fits
 from vswapd_backends.swapdev import SwapDevice
 from vswapd_backends.zswap import Compressed, Stream, concatenate_places
+from vswapd_blockdev.buffers import aligned
 from vswapd_blockdev.device import BLOCK_BYTES
 
 
@@ -193,7 +194,8 @@ class Fallback:
         if number is None:
             return None
         builder = ImageBuilder(
-            self._writeback.buffers.take(),
+            # One that stays for as long as anything lives in the extent: not a huge page each.
+            aligned(SEGMENT_BYTES),
             codec=core.zswap.pools[stream[0]].codec.spec,
             sequence=core.zswap.next_sequence(),
             group=stream[1],
@@ -210,7 +212,6 @@ class Fallback:
     def _close(self, stream: Stream) -> None:
         filling = self._filling.pop(stream)
         self._core.devices.unpin(filling.number)
-        self._writeback.buffers.give(filling.builder.buffer)
 
     def is_writing(self, number: int) -> bool:
         """Whether a folio is on its way into this extent."""

@@ -6,6 +6,7 @@ Each test failed once.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from vswapd.groups import Space
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of, tags_of
 from vswapd.vswap import Stored
-from vswapd_backends.base import SEGMENT_BYTES, U64, Operation
+from vswapd_backends.base import PAGE_BYTES, SEGMENT_BYTES, U64, Operation
 
 
 def fill(rig: Rig, space: Space, kind: str, count: int, first: int = 0) -> U64:
@@ -138,6 +139,20 @@ def test_a_new_folio_that_no_device_takes_has_freed_nothing() -> None:
     rig.devices[0].fails = lambda kind, _: kind == "write"
     assert rig.store(rig.space(), pages_of("noise", 5)).reason is Reason.DEVICE_FULL
     assert rig.engine.core.stats.free_pages == 0
+
+
+def test_an_extent_that_is_being_filled_costs_no_more_memory_than_it_holds() -> None:
+    """Each group that goes straight to a device keeps one buffer, of 256 KiB and not of 2 MiB."""
+    rig = make_engine(devices=[80], pool_enabled=False)
+    spaces = [rig.space(str(group)) for group in range(64)]
+    before = _resident_bytes()
+    for space in spaces:
+        rig.put(space, pages_of("text", 1))
+    assert _resident_bytes() - before < len(spaces) * 2 * SEGMENT_BYTES
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
 
 
 # The write budget

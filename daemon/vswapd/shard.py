@@ -16,9 +16,8 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, session
@@ -149,15 +148,3 @@ class Shard:
         """Drive a task of the engine's or the steering's to its end."""
         outcome = self.driver.start(task)
         return await self.driver.finish(outcome) if isinstance(outcome, Pending) else outcome
-
-
-def beside(made: contextlib.AsyncExitStack, work: Coroutine[Any, Any, None]) -> None:
-    """Have something run beside all else until the end."""
-    task = asyncio.get_running_loop().create_task(work)
-
-    async def end() -> None:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    made.push_async_callback(end)

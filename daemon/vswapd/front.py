@@ -1,0 +1,281 @@
+"""What a daemon is to the outside: its socket, signals, the service manager, metrics.
+
+What serves behind it, one shard or several, is its body.
+
+Invariants:
+- READY is told once devices are in use and the socket is served.
+- The socket comes first: a second daemon gets no further, and touches no device of the first.
+- Stopping finishes what is under way, and removes what the start has made, also when the start
+  fails half-way.
+
+This module must not know engines, or what answers a client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
+
+from vswapd import __version__, journal, status
+from vswapd.config import Config, ConfigError
+from vswapd.errors import EngineError
+from vswapd.host import Host
+from vswapd.listener import Listener
+from vswapd.notify import ServiceManager
+from vswapd.sizes import human_size
+from vswapd.steering import Reloaded
+
+_LOG: Final = logging.getLogger(__name__)
+_STATUS_S: Final = 10.0
+"""How often the line that `systemctl status` shows is made anew."""
+_OTHER_DESCRIPTORS: Final = 128
+"""What the daemon needs besides its connections, generously."""
+
+
+class ServiceError(Exception):
+    """The daemon cannot start, or go on; the text says what to do. EX_OSERR."""
+
+    exit_code: ClassVar[int] = 71
+
+
+class Tally(NamedTuple):
+    """What the service manager shows."""
+
+    slots: int
+    clients: int
+    saved_bytes: int
+
+
+class Body(Protocol):
+    """What serves behind the front."""
+
+    async def start(self, made: contextlib.AsyncExitStack) -> None:
+        """Start, and put the configured devices into use; leaves in `made` how it is ended.
+
+        Raises:
+            ServiceError, OutOfServiceError: it cannot.
+        """
+
+    def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
+        """Take connections."""
+
+    def watch(self, period_s: float, tell: Callable[[], None]) -> Any:
+        """A coroutine that tells of each beat, for ever, as long as there is one."""
+
+    async def document(self) -> dict[str, Any]:
+        """The status document."""
+
+    async def tally(self) -> Tally:
+        """A short version of it."""
+
+    async def reload(self) -> Reloaded:
+        """Read the configuration again.
+
+        Raises:
+            ConfigError, EngineError: nothing was changed.
+        """
+
+
+class Sockets(NamedTuple):
+    """Where the daemon listens."""
+
+    where: str
+    listeners: list[socket.socket]
+    own: Listener | None
+    """What has to be removed at the end; None: they are the service manager's."""
+
+
+def open_sockets(config: Config, host: Host, manager: ServiceManager) -> Sockets:
+    """The sockets that were passed to the daemon, or one of its own.
+
+    Raises:
+        ListenError, ServiceError: there is none to be had.
+    """
+    try:
+        passed = manager.take_sockets()
+    except ValueError as error:
+        raise ServiceError(f"LISTEN_FDS: {error}") from None
+    if passed:
+        # They are the service manager's: it keeps listening when we are gone.
+        return Sockets(", ".join(str(sock.getsockname()) for sock in passed), passed, None)
+    listener = Listener.open(
+        config.socket_path(host),
+        mode=int(config.server.socket_mode),
+        group=config.server.socket_group,
+    )
+    return Sockets(listener.path, [listener.socket], listener)
+
+
+class Front:
+    """See the module. Made inside a running event loop; `body` is set before `run`."""
+
+    def __init__(self, config: Config, sockets: Sockets, manager: ServiceManager) -> None:
+        self._config = config
+        self._sockets = sockets
+        self._manager = manager
+        self._started = time.monotonic()
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._failure: str | None = None
+        self._reloads: set[asyncio.Task[None]] = set()
+        self._metrics: Any = None
+        """The exporter, once metrics are switched on for the first time."""
+        self.body: Body
+
+    # Running
+
+    async def run(self) -> None:
+        """Serve until SIGTERM or SIGINT.
+
+        Raises:
+            ServiceError, OutOfServiceError, ConfigError: it could not start, or go on.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._stopping.set)
+        async with contextlib.AsyncExitStack() as made:
+            await self._start(made)
+            if self._stopping.is_set():
+                return
+            self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            self._manager.tell(READY="1", STATUS=await self._headline())
+            _LOG.info("vswapd %s serves %s", __version__, self._sockets.where)
+            await self._stopping.wait()
+            self._loop.remove_signal_handler(signal.SIGHUP)
+            if self._failure is None:
+                _LOG.info("stopping: requests under way are finished first")
+            self._manager.tell(STOPPING="1", STATUS="Stopping")
+        if self._failure is not None:
+            raise ServiceError(self._failure)
+        _LOG.info("stopped")
+
+    def fail(self, text: str) -> None:
+        """Stop because the daemon cannot go on."""
+        self._failure = self._failure or text
+        self._stopping.set()
+
+    async def _start(self, made: contextlib.AsyncExitStack) -> None:
+        """Make everything, and leave in `made` how it is unmade."""
+        if self._sockets.own is not None:
+            made.callback(self._sockets.own.close)
+        _raise_descriptors(self._config.server.max_connections)
+        await self.body.start(made)
+        made.push_async_callback(asyncio.to_thread, self._close_metrics)
+        await asyncio.to_thread(self.configure, self._config)
+        self.body.listen(self._sockets.listeners, made)
+        beside(made, self._tell_status())
+        if self._manager.watchdog_s is not None:
+            tell = self.body.watch(
+                self._manager.watchdog_s, lambda: self._manager.tell(WATCHDOG="1")
+            )
+            beside(made, tell)
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+
+    # What the service manager shows
+
+    async def _tell_status(self) -> None:
+        told = ""
+        while True:
+            line = await self._headline()
+            if line != told:
+                told = line
+                self._manager.tell(STATUS=line)
+            await asyncio.sleep(_STATUS_S)
+
+    async def _headline(self) -> str:
+        tally = await self.body.tally()
+        saved = human_size(tally.saved_bytes)
+        return f"{tally.slots:,} pages of {tally.clients} clients, {saved} saved"
+
+    # What steering asks
+
+    def facts(self, config: Config, *, clients: int, shrinker_errors: int) -> status.Facts:
+        """What the engine does not know, for the status document."""
+        return status.Facts(
+            version=__version__,
+            state="stopping" if self._stopping.is_set() else "running",
+            pid=os.getpid(),
+            uptime_s=time.monotonic() - self._started,
+            clients=clients,
+            shrinker_errors=shrinker_errors,
+            settings=config.flat(),
+        )
+
+    def configure(self, config: Config) -> None:
+        """Put metrics and logging into force. May block; not for the event loop's thread.
+
+        Raises:
+            ConfigError: it cannot be done; all is as it was.
+        """
+        keys = config.metrics
+        if self._metrics is None and (keys.listen or keys.textfile):
+            # Only now: it brings a library of 3 MB.
+            from vswapd.metrics import Exporter
+
+            self._metrics = Exporter(self._document)
+        if self._metrics is not None:
+            self._metrics.apply(keys.listen, keys.textfile)
+        journal.set_up(config.log.level)
+
+    def _document(self) -> dict[str, Any]:
+        """The status document, for threads."""
+        return asyncio.run_coroutine_threadsafe(self.body.document(), self._loop).result()
+
+    # SIGHUP
+
+    def _hang_up(self) -> None:
+        task = self._loop.create_task(self._reload())
+        self._reloads.add(task)
+        task.add_done_callback(self._reloads.discard)
+
+    async def _reload(self) -> None:
+        self._manager.reloading()
+        try:
+            done = await self.body.reload()
+        except (ConfigError, EngineError) as error:
+            _LOG.error("reload: nothing was changed: %s", error)
+        else:
+            _LOG.info("reload: changed %s", ", ".join(done.changed) or "nothing")
+            if done.ignored:
+                _LOG.warning("reload: needs a restart to take effect: %s", ", ".join(done.ignored))
+        finally:
+            self._manager.tell(READY="1", STATUS=await self._headline())
+
+
+def beside(made: contextlib.AsyncExitStack, work: Any) -> None:
+    """Have a coroutine run beside all else until the end."""
+    task = asyncio.get_running_loop().create_task(work)
+
+    async def end() -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    made.push_async_callback(end)
+
+
+def _raise_descriptors(connections: int) -> None:
+    """Allow as many descriptors as the connections need, or say that they cannot be had."""
+    wanted = connections + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+        if soft < wanted:
+            _LOG.warning(
+                "server.max_connections = %d needs more descriptors than the %d of RLIMIT_NOFILE",
+                connections,
+                soft,
+            )

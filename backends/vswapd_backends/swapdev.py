@@ -48,6 +48,8 @@ class SwapDevice:
     index: int
     device: BlockDevice
     priority: int
+    added: int
+    """How many were put into use before it."""
     map: ExtentMap
     live_bytes: I64
     live_entries: I64
@@ -96,14 +98,12 @@ class SwapDevices:
 
     def __init__(self) -> None:
         self._devices: list[SwapDevice | None] = []
+        self._added = 0
 
     def __iter__(self) -> Iterator[SwapDevice]:
-        return iter(self.by_priority())
-
-    def by_priority(self) -> list[SwapDevice]:
         """Devices in use, highest priority first, then in the order of swapon."""
         found = [device for device in self._devices if device is not None]
-        return sorted(found, key=lambda device: -device.priority)
+        return iter(sorted(found, key=lambda device: (-device.priority, device.added)))
 
     @property
     def any(self) -> bool:
@@ -132,6 +132,7 @@ class SwapDevices:
             index=index,
             device=device,
             priority=priority,
+            added=self._added,
             map=ExtentMap(extents) if extents_of is None else extents_of,
             live_bytes=_zeros(extents),
             live_entries=_zeros(extents),
@@ -141,6 +142,7 @@ class SwapDevices:
             pins=_zeros(extents),
         )
         self._devices[index] = entry
+        self._added += 1
         return entry
 
     def remove(self, entry: SwapDevice) -> None:
@@ -168,7 +170,7 @@ class SwapDevices:
         The pin belongs to whoever fills the extent: until it is undone the extent stays, empty or
         not.
         """
-        for entry in self.by_priority():
+        for entry in self:
             if entry.draining or entry.map.free <= (0 if reserve else 1):
                 continue
             extent = entry.map.take()
@@ -367,11 +369,6 @@ class SwapDevices:
             which = (numbers >> EXTENT_BITS) == index
             result[which] = getattr(entry, name)[numbers[which] & EXTENT_MASK]
         return result
-
-    @property
-    def live_bytes(self) -> int:
-        """Compressed bytes that words name on all devices."""
-        return sum(int(d.live_bytes.sum()) for d in self._devices if d is not None)
 
 
 def image_writes(

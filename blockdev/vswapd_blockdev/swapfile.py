@@ -40,11 +40,6 @@ class SwapFile:
         self._discard = discard_blocks if opened.block_device else punch_hole
         self._scratch = Scratch()
 
-    @property
-    def size_bytes(self) -> int:
-        """Bytes that extents take."""
-        return self.extents * EXTENT_BYTES
-
     @classmethod
     def open(
         cls,

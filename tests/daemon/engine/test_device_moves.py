@@ -367,6 +367,15 @@ def test_a_device_that_lost_a_write_is_found_out() -> None:
     assert caught.value.slots.tolist() == slots.tolist()
 
 
+def test_devices_of_one_priority_are_filled_in_the_order_of_swapon() -> None:
+    """Also when one of them has taken over the number of another that is gone."""
+    rig = make_engine(4 * MIB, devices=[8, 8, 8])
+    first, *others = rig.devices
+    rig.swapoff(first)
+    last = rig.swapon(8)
+    assert [entry.device for entry in rig.engine.core.devices] == [*others, last]
+
+
 def test_devices_are_filled_by_priority() -> None:
     """The device of the highest priority takes pages as long as it has room."""
     rig = make_engine(8 * MIB)

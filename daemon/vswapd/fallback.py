@@ -126,6 +126,7 @@ class Fallback:
             return Stop.WRITE_BUDGET
         self._busy.add(stream)
         core.budget_pending += most
+        core.enter_budget()
         try:
             return (yield from self._write_portions(stream, numbers, compressed, done))
         finally:

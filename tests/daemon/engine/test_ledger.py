@@ -11,6 +11,7 @@ from multiprocessing.connection import Connection
 import pytest
 
 from support.engine import KIB, MIB, Clock, Rig, UnkindDevice, page, pages_of
+from support.interleaving import start
 from vswap.protocol import Reason
 from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.settings import GroupLimits, Settings
@@ -140,6 +141,19 @@ def test_the_write_budget_is_for_all_together() -> None:
     for rig in (one, two):
         rig.clock.advance(86400)
     assert two.writeback(3 * EXTENT_BYTES).bytes == 3 * EXTENT_BYTES
+
+
+def test_a_folio_on_its_way_to_a_device_counts_for_the_others_from_its_first_write_on() -> None:
+    """What one engine writes to a device directly, another cannot spend meanwhile."""
+    both = rigs(shared_region(2), 2, write_budget=MIB, pool_enabled=False)
+    for rig in both:
+        rig.swapon(16)
+    first, second = both
+    folio = first.engine.prepare(b"".join(pages_of("noise", 150)))
+    under_way = start(first.engine.store(first.space(), folio), "straight")
+    under_way.until_io()
+    assert second.store(second.space(), pages_of("noise", 150)).reason is Reason.WRITE_BUDGET
+    assert under_way.finish().reason is None
 
 
 def test_each_shard_makes_its_share_go() -> None:

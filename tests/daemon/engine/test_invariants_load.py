@@ -160,6 +160,27 @@ def test_an_entry_that_does_not_decompress_is_an_error_and_stays(
     assert rig.pool_bytes == 0
 
 
+def test_an_entry_on_a_device_that_does_not_decompress_is_an_error_and_stays() -> None:
+    """16: bytes that agree with their check and are no page are lost, by name; others are not."""
+    rig = make_engine(devices=[8])
+    space = rig.space()
+    good = rig.put(space, [*pages_of("zero", 3), *pages_of("text", 10)])
+    rig.writeback()
+    bad = rig.put(space, pages_of("text", 4, 100))
+    rig.writeback()
+    entry, extent = rig.engine.core.devices.device_of(int(places_of(rig.words(bad)).number[0]))
+    pool = int(entry.pool[extent])
+    entry.pool[extent] = rig.engine.core.zswap.pool_of("zstd:1").index
+    asked = np.concatenate((good, bad))
+    for _ in range(2):
+        with pytest.raises(PageLostError) as caught:
+            rig.load(space, asked)
+        assert caught.value.slots.tolist() == bad.tolist()
+    assert rig.load(space, good) == [*pages_of("zero", 3), *pages_of("text", 10)]
+    entry.pool[extent] = pool
+    assert rig.load(space, bad) == pages_of("text", 4, 100)
+
+
 @pytest.mark.parametrize("kind", ["text", "noise"])
 @pytest.mark.parametrize("byte", [0, CHECK_BYTES - 1, CHECK_BYTES, CHECK_BYTES + 200])
 def test_with_verify_always_a_flipped_bit_in_the_pool_is_found(kind: str, byte: int) -> None:

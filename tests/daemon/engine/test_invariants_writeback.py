@@ -183,6 +183,19 @@ def test_a_loaded_page_survives_one_look_and_one_that_was_not_does_not(shape: st
     assert rig.load(space, slots) == pages
 
 
+def test_a_loaded_page_in_one_of_several_whole_segments_survives_their_look() -> None:
+    """21: segments that are written together are looked at entry by entry."""
+    rig = make_engine(8 * MIB, arena_bytes=24 * MIB, devices=[32])
+    space = rig.space()
+    slots = rig.put(space, pages_of("noise", 63 * 6))
+    loaded = np.array([70, 100, 125])
+    rig.load(space, slots[loaded])
+    rig.writeback(2 * SEGMENT_BYTES)
+    assert set(rig.tags(slots[:63])) == {Tag.PHYS}
+    assert set(rig.tags(slots[loaded])) == {Tag.ZSWAP}
+    assert rig.load(space, slots) == pages_of("noise", 63 * 6)
+
+
 def test_compaction_does_not_take_the_second_chance_away() -> None:
     """21: pages that are copied together are still known to have been loaded, or not."""
     rig = make_engine(8 * MIB, arena_bytes=24 * MIB, devices=[32])

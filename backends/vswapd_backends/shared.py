@@ -36,12 +36,22 @@ SYSTEM_PAGE: Final = mmap.PAGESIZE
 class SharedRegion:
     """`size` bytes of sparse shared memory; `size` is rounded up to whole pages."""
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, *, fd: int = -1) -> None:
+        """Make a region, or take over one that was made elsewhere.
+
+        Args:
+            name: what the system calls it.
+            size: bytes.
+            fd: of one that was made by another process; owned from now on.
+        """
         self.size: Final = -(-size // SYSTEM_PAGE) * SYSTEM_PAGE
-        self.fd: Final = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        made = fd < 0
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        self.fd: Final = os.memfd_create(name, flags) if made else fd
         try:
-            os.ftruncate(self.fd, self.size)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | _F_SEAL_GROW)
+            if made:
+                os.ftruncate(self.fd, self.size)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | _F_SEAL_GROW)
             self._map: Final = mmap.mmap(self.fd, self.size)
         except OSError:
             os.close(self.fd)

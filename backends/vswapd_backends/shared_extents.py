@@ -33,7 +33,12 @@ def chunk_extents(extents: int, shards: int) -> int:
 
 def owners_region(extents: int, shards: int) -> SharedRegion:
     """The memory that says who owns which chunk, made before the shards put the device into use."""
-    return SharedRegion("vswapd-extents", -(-extents // chunk_extents(extents, shards)))
+    return SharedRegion("vswapd-extents", owners_bytes(extents, shards))
+
+
+def owners_bytes(extents: int, shards: int) -> int:
+    """How large that is."""
+    return -(-extents // chunk_extents(extents, shards))
 
 
 class SharedExtents(ExtentMap):

@@ -63,6 +63,11 @@ RELOADABLE: Final[frozenset[str]] = frozenset(
 """Keys that can change while the daemon runs; ask `reloadable(key)` for keys with group names."""
 
 
+_SHARD_POOL: Final = 64 << 20
+"""Pool that makes another shard worth its process, where their number is `auto`."""
+_MOST_AUTO: Final = 16
+
+
 class ConfigError(Exception):
     """The configuration cannot be used. One line of text; exit code EX_CONFIG of sysexits.h."""
 
@@ -196,6 +201,13 @@ class Config:
             groups=MappingProxyType(groups),
             default_group=_limits(default, default, pool_max),
         )
+
+    def shards(self, host: Host) -> int:
+        """How many shards there are to be: server.shards, or one per core that has enough to do."""
+        if self.server.shards:
+            return int(self.server.shards)
+        pool_max = self.pool.max.of(host.ram_bytes)
+        return max(1, min(host.cpus, pool_max // _SHARD_POOL, _MOST_AUTO))
 
     def socket_path(self, host: Host) -> str:
         """Where to listen: server.socket, else the default of this user."""

@@ -188,6 +188,32 @@ class SizeLimit(Limit):
             raise UnitError(f'{error}, or "none"') from None
 
 
+class Shards(int):
+    """A number of shards; 0, written `auto`: as many as there are cores for."""
+
+    most: Final = 64
+
+    @classmethod
+    def parse(cls, raw: object) -> Shards:
+        """A number, or "auto".
+
+        Raises:
+            UnitError: neither.
+        """
+        if raw == "auto":
+            return cls(0)
+        try:
+            number = int(raw) if isinstance(raw, int | str) and not isinstance(raw, bool) else 0
+        except ValueError:
+            number = 0
+        if not 1 <= number <= cls.most:
+            raise UnitError(f'{raw!r}: write "auto", or a whole number, 1 to {cls.most}')
+        return cls(number)
+
+    def __str__(self) -> str:
+        return str(int(self)) if self else "auto"
+
+
 class CodecSpec(str):
     """The name of a codec: lz4, lz4hc:1 to lz4hc:12, zstd:1 to zstd:22."""
 
@@ -225,6 +251,7 @@ class Server(Keys, frozen=True, kw_only=True):
     max_pipeline: Annotated[int, Meta(ge=1, le=1024)] = 16
     buffer_memory: Size = Size(256 << 20)
     request_timeout: Seconds = Seconds(30)
+    shards: Shards = Shards(1)
 
 
 class Table(Keys, frozen=True, kw_only=True):

@@ -90,7 +90,16 @@ class Compute(Generic[T]):
         return self._outcome[0]
 
 
-Need = IoBatch | Submit | Breath | Compute[Any]
+@dataclass(slots=True)
+class Elsewhere:
+    """What an operation yields to have something done by somebody else, and wait for the end."""
+
+    begin: Callable[[Callable[[], None]], None]
+    """Called once, in the thread that drives the operation, outside the lock; it must not wait, and
+    have what it is given called, from any thread, when all is done."""
+
+
+Need = IoBatch | Submit | Breath | Compute[Any] | Elsewhere
 Task = Generator[Need, None, T]
 """An engine's operation, or one around it that computes as well."""
 
@@ -346,6 +355,10 @@ class Driver:
             if isinstance(need.ticket, _Flight):
                 return need.ticket
             return self._submit(need)
+        if isinstance(need, Elsewhere):
+            flight = _Flight(1)
+            need.begin(lambda: flight.part_done(None))
+            return flight
         assert isinstance(need, Compute), need
         return self._computers.submit([need.perform])
 

@@ -252,6 +252,16 @@ class Front:
             self._manager.tell(READY="1", STATUS=await self._headline())
 
 
+def cannot_lock(error: OSError) -> str:
+    """What to do when memory cannot be locked."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    most = "unlimited" if soft == resource.RLIM_INFINITY else human_size(soft)
+    return (
+        f"pool.lock_memory: {error.strerror or error}; RLIMIT_MEMLOCK is {most}: raise it "
+        "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory to false"
+    )
+
+
 def beside(made: contextlib.AsyncExitStack, work: Any) -> None:
     """Have a coroutine run beside all else until the end."""
     task = asyncio.get_running_loop().create_task(work)

@@ -83,6 +83,10 @@ class Space:
     compressed_bytes: int = 0
     """Of ZSWAP and PHYS slots, wherever they lie."""
     closed: bool = False
+    key: str = ""
+    """The same for all parts of a space that several shards share; empty: there is one part."""
+    joined: bool = False
+    """Whether this is a part that came after the first: its space is counted where that one is."""
 
 
 class Groups:

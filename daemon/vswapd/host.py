@@ -36,6 +36,8 @@ class Host:
     """Memory that this process may use."""
     uid: int
     """Effective uid of this process."""
+    cpus: int = 1
+    """Cores that this process may run on."""
     runtime_dir: str | None = None
     """$XDG_RUNTIME_DIR, if it is a directory."""
     uid_of: Callable[[str], int | None] = uid_of_user
@@ -52,6 +54,7 @@ class Host:
         return cls(
             ram_bytes=min([_ram(root), *_cgroup_limits(root)]),
             uid=os.geteuid(),
+            cpus=len(os.sched_getaffinity(0)),
             runtime_dir=runtime if runtime and Path(runtime).is_dir() else None,
         )
 

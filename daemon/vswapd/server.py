@@ -52,6 +52,7 @@ class Server:
         max_frame: int,
         buffer_memory: int,
         request_timeout: float,
+        on_parted: Callable[[Session], None] | None = None,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.driver = driver
@@ -61,6 +62,7 @@ class Server:
         self.scratch = memoryview(bytearray(64 * 1024))
         self.stopping = False
         self._new_session = new_session
+        self._on_parted = on_parted
         self._max_connections: Final = max_connections
         self._connections: set[Connection] = set()
         self._listeners: list[socket.socket] = []
@@ -72,8 +74,8 @@ class Server:
 
     @property
     def clients(self) -> int:
-        """Open connections."""
-        return len(self._connections)
+        """Open connections, but for those of spaces that have their first one elsewhere."""
+        return sum(not connection.session.joined for connection in self._connections)
 
     # Coming
 
@@ -96,13 +98,14 @@ class Server:
                 self.loop.remove_reader(listener)
                 self.loop.call_later(_PAUSE_S, self._accept_again, listener)
                 return
-            self._welcome(sock)
+            self.welcome(sock)
 
     def _accept_again(self, listener: socket.socket) -> None:
         if not self.stopping:
             self.loop.add_reader(listener, self._accept, listener)
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def welcome(self, sock: socket.socket) -> None:
+        """Serve a connection that was accepted, here or elsewhere."""
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         peer = Peer.of(sock)
@@ -125,15 +128,7 @@ class Server:
                 peer.name,
                 self._max_connections,
             )
-        text = f"{self._max_connections} connections are open: close one, or raise "
-        text += "server.max_connections"
-        header = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
-        reply = failure(header, Status.TOO_MANY_CONNECTIONS, text)
-        with sock:
-            try:
-                sock.sendmsg(reply.parts, (), socket.MSG_NOSIGNAL)
-            except OSError:
-                return  # gone already: it will not miss the answer
+        refuse(sock, self._max_connections)
 
     # Going
 
@@ -141,6 +136,8 @@ class Server:
         """See connection.Hub."""
         self._connections.discard(connection)
         self._told_full = False
+        if self._on_parted is not None:
+            self._on_parted(connection.session)
         if not self.stopping:
             # At the end there is nothing to be freed for.
             outcome = self.driver.start(connection.session.close())
@@ -193,3 +190,15 @@ class Server:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._timer is not None:
             self._timer.cancel()
+
+
+def refuse(sock: socket.socket, connections: int) -> None:
+    """Tell a client that there are as many connections as there may be, and close its own."""
+    text = f"{connections} connections are open: close one, or raise server.max_connections"
+    header = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
+    reply = failure(header, Status.TOO_MANY_CONNECTIONS, text)
+    with sock:
+        try:
+            sock.sendmsg(reply.parts, (), socket.MSG_NOSIGNAL)
+        except OSError:
+            return  # gone already: it will not miss the answer

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-import resource
+import os
 import secrets
 import socket
 from collections.abc import Callable, Coroutine
@@ -22,13 +23,19 @@ from vswapd import status
 from vswapd.config import Config
 from vswapd.config_schema import Device
 from vswapd.errors import OutOfServiceError
-from vswapd.front import Front, ServiceError, Tally, open_sockets
+from vswapd.front import Front, ServiceError, Tally, cannot_lock, open_sockets
 from vswapd.host import Host
+from vswapd.ledger import shared_region
+from vswapd.messages import Attach
 from vswapd.notify import ServiceManager
 from vswapd.shard import Shard
+from vswapd.shard_process import Birth
 from vswapd.sizes import human_size
 from vswapd.steering import Opened, Reloaded
+from vswapd.supervisor import Child, Supervisor, fork_shards
 from vswapd.watchdog import Watchdog
+from vswapd_blockdev import opening
+from vswapd_blockdev.opening import open_swap_device
 from vswapd_blockdev.sealed import SealedDevice
 from vswapd_blockdev.swapfile import SwapFile
 
@@ -85,12 +92,7 @@ class OneShard:
         try:
             self._shard.engine.lock_memory()
         except OSError as error:
-            soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-            raise ServiceError(
-                f"pool.lock_memory: {error.strerror or error}; RLIMIT_MEMLOCK is "
-                f"{'unlimited' if soft == resource.RLIM_INFINITY else human_size(soft)}: raise it "
-                "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory to false"
-            ) from None
+            raise ServiceError(cannot_lock(error)) from None
 
     def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
         """See front.Body."""
@@ -131,19 +133,78 @@ class OneShard:
         self._front.configure(config)
 
 
+class _Locked:
+    """A device that the supervisor keeps open and locked, for its shards to use."""
+
+    def __init__(self, entry: Device, boot_id: bytes) -> None:
+        self._entry = entry
+        self._opened = open_swap_device(
+            entry.path,
+            size=None if entry.size is None else int(entry.size),
+            boot_id=boot_id,
+            encrypted=entry.encrypt,
+        )
+
+    def attach(self) -> tuple[Attach, int]:
+        """See supervisor.LockedDevice."""
+        opened = self._opened
+        return (
+            Attach(self._entry, opened.extents, opened.direct, opened.block_device),
+            opened.fd,
+        )
+
+    def close(self) -> None:
+        """See supervisor.LockedDevice."""
+        os.close(self._opened.fd)
+
+
+def _adopt_device(attach: Attach, fd: int) -> Opened:
+    """A shard's own device on a descriptor that it was given, with a key of its own."""
+    entry = attach.entry
+    opened = opening.Opened(
+        fd=fd, extents=attach.extents, direct=attach.direct, block_device=attach.block_device
+    )
+    device = SwapFile(entry.path, opened)
+    return Opened(SealedDevice(device) if entry.encrypt else device, device.discards)
+
+
 def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
     """Run a daemon until it is told to stop.
 
     Raises:
-        ListenError, ServiceError, ConfigError: it could not start; the text says why.
+        ListenError, ServiceError, ConfigError: it could not start, or go on; the text says why.
     """
     host, manager = Host.here(), ServiceManager()
     config.settings(host)  # what is wrong with it is found before anything is made
+    shards = config.shards(host)
     sockets = open_sockets(config, host, manager)
+    birth: Birth | None = None
+    children: list[Child] = []
+    if shards > 1:
+        birth = Birth(
+            index=-1,
+            ledger=shared_region(shards),
+            config=config,
+            host=host,
+            source=source,
+            overrides=overrides,
+            watchdog_s=manager.watchdog_s,
+            adopt_device=_adopt_device,
+        )
+        parent = birth
+        children = fork_shards(
+            shards,
+            lambda index: dataclasses.replace(parent, index=index),
+            [sock.fileno() for sock in sockets.listeners],
+        )
 
     async def main() -> None:
         front = Front(config, sockets, manager)
-        front.body = OneShard(front, config, host, source, overrides)
+        if birth is None:
+            front.body = OneShard(front, config, host, source, overrides)
+        else:
+            boot_id = secrets.token_bytes(16)
+            front.body = Supervisor(front, birth, children, lambda entry: _Locked(entry, boot_id))
         await front.run()
 
     try:

@@ -18,6 +18,7 @@ import logging
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from hashlib import blake2b
 from time import perf_counter
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
@@ -46,6 +47,8 @@ from vswapd_backends.base import U64
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST_NAME: Final = 64
+_TOKEN_DIGITS: Final = 32
+_HEX: Final = frozenset("0123456789abcdef")
 _SLOTS: Final = np.dtype("<u8")
 
 _SLOW_S: Final = 0.008
@@ -145,13 +148,15 @@ class Rule:
 class Session:
     """See the module. `close` must be driven to its end once nothing is under way."""
 
-    __slots__ = ("_context", "_greeted", "peer", "space")
+    __slots__ = ("_context", "_greeted", "joined", "peer", "space")
 
     def __init__(self, context: Context, peer: Peer) -> None:
         self._context = context
         self._greeted = False
         self.peer = peer
         self.space: Space | None = None
+        self.joined = False
+        """Whether it serves a space that has its first connection on another shard."""
 
     # Requests
 
@@ -204,12 +209,23 @@ class Session:
     # Handlers, one per operation
 
     def _hello(self, header: Header, body: memoryview) -> Task[Reply]:
-        name = _name(_object(body).get("client")) or self.peer.name
+        said = _object(body)
+        name = _name(said.get("client")) or self.peer.name
         limits, token = self._context.limits, None
+        ledger = self._context.engine.core.ledger
         if not header.flags & Flag.CONTROL:
-            token = secrets.token_hex(16)
+            token = _token(said.get("token"))
+            self.joined = token is not None
+            token = token or secrets.token_hex(16)
+            # Another user's space is another one, whatever token they say.
+            key = blake2b(f"{self.peer.uid} {token}".encode(), digest_size=16).hexdigest()
             self.space = self._context.engine.open_space(
-                uid=self.peer.uid, group=str(self.peer.uid), client=name, pid=self.peer.pid
+                uid=self.peer.uid,
+                group=str(self.peer.uid),
+                client=name,
+                pid=self.peer.pid,
+                key=key,
+                joined=self.joined,
             )
         self._greeted = True
         answer = {
@@ -218,8 +234,8 @@ class Session:
             "max_batch": limits.max_batch,
             "max_frame_bytes": limits.max_frame,
             "max_pipeline": limits.max_pipeline,
-            "shards": 1,
-            "shard": 0,
+            "shards": ledger.shards,
+            "shard": ledger.shard,
             "space": None if self.space is None else str(self.space.id),
             "token": token,
             "daemon": f"vswapd {self._context.steering.version}",
@@ -337,6 +353,19 @@ def _object(body: memoryview) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArgumentError("the body is no JSON object")
     return found
+
+
+def _token(said: object) -> str | None:
+    """The space that a connection wants to join; None: one of its own.
+
+    Raises:
+        ArgumentError: it is no token.
+    """
+    if said is None:
+        return None
+    if not isinstance(said, str) or len(said) != _TOKEN_DIGITS or set(said) - _HEX:
+        raise ArgumentError("token: write the 32 hexadecimal digits of the space's first HELLO")
+    return said
 
 
 def _name(said: object) -> str:

@@ -16,6 +16,7 @@ import gc
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -66,6 +67,7 @@ class Shard:
         open_device: OpenDevice,
         ledger: Ledger | None = None,
         operators: session.Steering | None = None,
+        on_parted: Callable[[Session], None] | None = None,
     ) -> None:
         """Make a shard, and start nothing yet.
 
@@ -78,6 +80,7 @@ class Shard:
             open_device: how a device is opened.
             ledger: what it shares limits through; None: it is the only shard.
             operators: who answers STATUS and CONTROL; None: the shard's own steering.
+            on_parted: told of each connection that has gone.
         """
         self.ledger: Final = ledger or Ledger()
         settings = config.settings(host).of_one(self.ledger.shards)
@@ -95,9 +98,14 @@ class Shard:
             overrides=overrides,
             open_device=open_device,
         )
-        self.server: Final = self._make_server(config, operators or self.steering)
+        self.server: Final = self._make_server(config, operators or self.steering, on_parted)
 
-    def _make_server(self, config: Config, operators: session.Steering) -> Server:
+    def _make_server(
+        self,
+        config: Config,
+        operators: session.Steering,
+        on_parted: Callable[[Session], None] | None,
+    ) -> Server:
         keys = config.server
         limits = Limits(
             max_batch=keys.max_batch,
@@ -123,6 +131,7 @@ class Shard:
             max_frame=limits.max_frame,
             buffer_memory=int(keys.buffer_memory) // self.ledger.shards,
             request_timeout=float(keys.request_timeout),
+            on_parted=on_parted,
         )
 
     async def start(self, made: contextlib.AsyncExitStack) -> None:

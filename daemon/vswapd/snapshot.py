@@ -113,6 +113,10 @@ class SpaceState:
     original_bytes: int
     compressed_bytes: int
     opened_at: float
+    key: str
+    """The same for all parts of a space that several shards share; empty: there is one part."""
+    joined: bool
+    """Whether this is a part that came after the first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +183,8 @@ def take(core: Core, shrinker: Shrinker) -> Snapshot:
                 original_bytes=space.backed_pages * PAGE_BYTES,
                 compressed_bytes=space.compressed_bytes,
                 opened_at=space.opened_at,
+                key=space.key,
+                joined=space.joined,
             )
             for space in core.spaces.values()
         ),

@@ -11,7 +11,7 @@ This module must not know the wire, or concrete devices: it is given a way to op
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
@@ -56,6 +56,18 @@ class Reloaded(NamedTuple):
         before, after = old.flat(), new.flat()
         changed = (k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
         return cls(tuple(sorted(changed)), old.fixed_changes(read))
+
+
+def no_such_verb(verb: str, verbs: Iterable[str]) -> ArgumentError:
+    """The error for a verb that there is not."""
+    return ArgumentError(f"there is no verb {verb!r}; there are {', '.join(verbs)}")
+
+
+def log_answer(verb: str, answer: dict[str, Any]) -> None:
+    """What was done at somebody's request, for the journal."""
+    if verb != "spaces":
+        told = {key: value for key, value in answer.items() if key != "problems"}
+        _LOG.info("%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
 
 
 def with_set(old: Config, key: str, value: str) -> Config:
@@ -151,15 +163,17 @@ class Steering:
         Raises:
             ArgumentError, OutOfServiceError: with what to do about it.
         """
+        answer = yield from self.answer(request)
+        log_answer(request["verb"], answer)
+        return answer
+
+    def answer(self, request: dict[str, Any]) -> Task[dict[str, Any]]:
+        """The same, and nothing is logged."""
         arguments = Arguments(request)
         verb = arguments.text("verb")
         if verb not in self.verbs:
-            raise ArgumentError(f"there is no verb {verb!r}; there are {', '.join(self.verbs)}")
-        answer = yield from self.verbs[verb](self, arguments)
-        if verb != "spaces":
-            told = {key: value for key, value in answer.items() if key != "problems"}
-            _LOG.info("%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
-        return answer
+            raise no_such_verb(verb, self.verbs)
+        return (yield from self.verbs[verb](self, arguments))
 
     # The configuration
 

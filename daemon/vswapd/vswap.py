@@ -121,7 +121,8 @@ class Engine:
         self.shrinker: Final = Shrinker(self.core, self._writeback, self._compaction, self._moves)
         self.on_pressure: Callable[[], None] | None = None
         """Called, under the lock, when the shrinker has got something to do. Must be cheap."""
-        self._next_space = 1
+        # Shards take turns at numbers, so that none is another's.
+        self._next_space = 1 + ledger.shard
 
     @classmethod
     def create(
@@ -154,10 +155,28 @@ class Engine:
 
     # Spaces
 
-    def open_space(self, *, uid: int, group: str, client: str = "", pid: int = 0) -> Space:
-        """A new space without slots."""
+    def open_space(
+        self,
+        *,
+        uid: int,
+        group: str,
+        client: str = "",
+        pid: int = 0,
+        key: str = "",
+        joined: bool = False,
+    ) -> Space:
+        """A new space without slots.
+
+        Args:
+            uid: whose it is.
+            group: what its pages are charged to.
+            client: what it is called.
+            pid: the client's process.
+            key: what tells the parts of a space on several shards to be one.
+            joined: whether this is a part that came after the first.
+        """
         number = self._next_space
-        self._next_space += 1
+        self._next_space += self.core.ledger.shards
         space = Space(
             id=number,
             group=self.core.groups.get(group),
@@ -166,8 +185,10 @@ class Engine:
             uid=uid,
             opened_at=self.core.clock(),
             slots=SlotSet(number),
+            key=key,
+            joined=joined,
         )
-        space.group.spaces += 1
+        space.group.spaces += not joined
         self.core.spaces[number] = space
         return space
 
@@ -186,7 +207,7 @@ class Engine:
             self._nudge()
             yield PAUSE
         if self.core.spaces.pop(space.id, None) is not None:
-            space.group.spaces -= 1
+            space.group.spaces -= not space.joined
 
     # Store
 

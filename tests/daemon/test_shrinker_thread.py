@@ -6,6 +6,7 @@ Invariants (numbers as in "What must never be"): 20.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,7 +274,7 @@ def test_stopping_in_the_middle_leaves_a_sound_engine() -> None:
     stopping = threading.Thread(target=running.thread.stop)
     stopping.start()
     while not running.thread._progress.stop:
-        time.sleep(0)
+        os.sched_yield()
     device.open.set()
     stopping.join()
     running.driver.close()

@@ -144,6 +144,10 @@ def daemon_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
     return environment | dict(extra or {})
 
 
+_EVERY_DAEMON: Final = tuple(os.environ.get("VSWAPD_TEST_SET", "").split())
+"""Settings for every daemon of a run: `VSWAPD_TEST_SET="server.shards=4" make test`."""
+
+
 @contextlib.contextmanager
 def running_daemon(
     *settings: str,
@@ -175,7 +179,7 @@ def running_daemon(
             command = [sys.executable, "-W", "error", "-m", "vswapd", "serve"]
             command += ["--config", str(directory / "vswapd.toml")]
             command += [f"--set=server.socket={socket_path}"]
-            command += [f"--set={setting}" for setting in settings]
+            command += [f"--set={setting}" for setting in (*_EVERY_DAEMON, *settings)]
             variables = {"NOTIFY_SOCKET": str(notify_path), "XDG_RUNTIME_DIR": name}
             with (directory / "daemon.log").open("wb") as log:
                 process = subprocess.Popen(

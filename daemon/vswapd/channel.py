@@ -1,0 +1,227 @@
+"""Messages between the supervisor and one shard: requests with answers, news, and descriptors.
+
+Over a stream socket pair that the supervisor makes before it makes the shard. What is sent are
+Python objects; both ends are the same program, and nobody else has the socket.
+
+    message:  length u32 | id u64 | kind u8 | descriptors u8 | pickled object
+
+Invariants:
+- Messages arrive in the order in which they were sent, each with its descriptors.
+- Each request gets one answer: a value, an error that is raised where the request was made, or
+  ChannelClosedError.
+- Sending never waits: what the socket does not take at once is kept.
+
+This module must not know what the messages mean.
+"""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import copyreg
+import os
+import pickle
+import socket
+import struct
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+_HEAD: Final = struct.Struct("<IQBB")
+
+
+def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(mapping)
+
+
+def _reduce(mapping: MappingProxyType[Any, Any]) -> tuple[Any, ...]:
+    return _read_only, (dict(mapping),)
+
+
+# Settings hold read-only mappings: pickle knows neither what is in them nor where their type is.
+copyreg.pickle(MappingProxyType, _reduce)
+_REQUEST, _VALUE, _ERROR, _NEWS = range(4)
+_READ: Final = 256 * 1024
+MOST_DESCRIPTORS: Final = 16
+"""In one message."""
+
+
+class ChannelClosedError(Exception):
+    """The other process has gone."""
+
+
+Handler = Callable[[Any, list[int]], Awaitable[Any]]
+"""Carries out a request or takes news; owns the descriptors. What it raises goes back."""
+
+
+class Channel:
+    """One end, served by the running event loop."""
+
+    def __init__(
+        self, sock: socket.socket, handler: Handler, closed: Callable[[], None] = lambda: None
+    ) -> None:
+        """Serve a connected stream socket.
+
+        Args:
+            sock: this end; closed by `close`.
+            handler: for what comes from the other one.
+            closed: called once the other end has gone.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self._handler = handler
+        self._closed = closed
+        self._input = bytearray()
+        self._descriptors: deque[int] = deque()
+        self._output: deque[tuple[memoryview, Sequence[int]]] = deque()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._last_id = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._open = True
+        sock.setblocking(False)
+        self._loop.add_reader(sock, self._readable)
+
+    # Out
+
+    def tell(self, message: object, descriptors: Sequence[int] = ()) -> None:
+        """Send news. The descriptors stay the caller's. Dropped if the other end has gone."""
+        if self._open:
+            self._send(_NEWS, 0, message, descriptors)
+
+    async def ask(self, message: object, descriptors: Sequence[int] = ()) -> Any:
+        """Send a request and wait for its answer.
+
+        Raises:
+            ChannelClosedError: the other end has gone, now or meanwhile.
+            Exception: whatever the other end's handler raised.
+        """
+        if not self._open:
+            raise ChannelClosedError("the other process has gone")
+        self._last_id += 1
+        number = self._last_id
+        answer = self._loop.create_future()
+        self._asked[number] = answer
+        self._send(_REQUEST, number, message, descriptors)
+        try:
+            return await answer
+        finally:
+            self._asked.pop(number, None)
+
+    def _send(self, kind: int, number: int, message: object, descriptors: Sequence[int]) -> None:
+        body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
+        head = _HEAD.pack(len(body), number, kind, len(descriptors))
+        # Ours to close once they are sent: the caller may close its own at once.
+        duplicates = [os.dup(fd) for fd in descriptors]
+        self._output.append((memoryview(head + body), duplicates))
+        if len(self._output) == 1:
+            self._writable()
+
+    def _writable(self) -> None:
+        try:
+            self._flush()
+        except BlockingIOError:
+            self._loop.add_writer(self._sock, self._writable)
+        except OSError:
+            self._end()
+
+    def _flush(self) -> None:
+        while self._output:
+            data, descriptors = self._output[0]
+            ancillary = []
+            if descriptors:
+                rights = array.array("i", descriptors)
+                ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
+            sent = self._sock.sendmsg([data], ancillary, socket.MSG_NOSIGNAL)
+            for fd in descriptors:
+                os.close(fd)
+            if sent < len(data):
+                self._output[0] = (data[sent:], ())
+            else:
+                self._output.popleft()
+        self._loop.remove_writer(self._sock)
+
+    # In
+
+    def _readable(self) -> None:
+        room = socket.CMSG_SPACE(MOST_DESCRIPTORS * array.array("i").itemsize)
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(_READ, room, socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data, ancillary = b"", []
+        for _, _, rights in ancillary:
+            received = array.array("i")
+            received.frombytes(rights[: len(rights) - len(rights) % received.itemsize])
+            self._descriptors.extend(received)
+        if not data:
+            self._end()
+            return
+        self._input += data
+        while self._take():
+            pass
+
+    def _take(self) -> bool:
+        """Handle the first message that has arrived as a whole; False if there is none."""
+        if len(self._input) < _HEAD.size:
+            return False
+        length, number, kind, count = _HEAD.unpack_from(self._input)
+        end = _HEAD.size + length
+        if len(self._input) < end:
+            return False
+        message = pickle.loads(self._input[_HEAD.size : end])  # noqa: S301 - see the module
+        del self._input[:end]
+        descriptors = [self._descriptors.popleft() for _ in range(count)]
+        if kind in {_VALUE, _ERROR}:
+            answer = self._asked.get(number)
+            if answer is not None and not answer.done():
+                if kind == _VALUE:
+                    answer.set_result(message)
+                else:
+                    answer.set_exception(message)
+            return True
+        task = self._loop.create_task(self._handle(kind, number, message, descriptors))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return True
+
+    async def _handle(self, kind: int, number: int, message: Any, descriptors: list[int]) -> None:
+        try:
+            value = await self._handler(message, descriptors)
+            if kind == _REQUEST and self._open:
+                self._send(_VALUE, number, value, ())
+        except Exception as error:
+            if kind == _NEWS:
+                raise
+            if self._open:
+                self._send(_ERROR, number, error, ())
+
+    # The end
+
+    def _end(self) -> None:
+        """The other end has gone."""
+        if self._open:
+            self.close()
+            self._closed()
+
+    def close(self) -> None:
+        """Close this end; requests that wait end with ChannelClosedError."""
+        if not self._open:
+            return
+        self._open = False
+        self._loop.remove_reader(self._sock)
+        self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for fd in (*self._descriptors, *(fd for _, fds in self._output for fd in fds)):
+            os.close(fd)
+        self._descriptors.clear()
+        self._output.clear()
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(ChannelClosedError("the other process has gone"))
+
+    async def drained(self) -> None:
+        """Wait until what came so far has been handled."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -1,0 +1,103 @@
+"""What the supervisor and its shards say to each other.
+
+This module must not know how it is sent, or what is done about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vswapd.config import Config
+from vswapd.config_schema import Device
+from vswapd.snapshot import Snapshot
+
+# To a shard
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """A connection, its descriptor with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tell:
+    """Answer with a ShardState."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """Carry this CONTROL request out in this shard alone; answer as it does."""
+
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Adopt:
+    """Put this configuration into force."""
+
+    config: Config
+
+
+@dataclass(frozen=True, slots=True)
+class Attach:
+    """Put a device into use; with it come its descriptor and that of its chunks' owners."""
+
+    entry: Device
+    extents: int
+    direct: bool
+    block_device: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Finish what is under way, take nothing more, and end."""
+
+
+# From a shard
+
+
+@dataclass(frozen=True, slots=True)
+class Operate:
+    """Somebody who may steer asks for this; answer as the verb does."""
+
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AskStatus:
+    """Answer with the status document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """The shard is alive: its event loop, its lock and its shrinker move."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """A connection has gone."""
+
+    joined: bool
+    """Whether it served a space that has its first connection on another shard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hungry:
+    """The pool has no room for this shard; others may hold what can go."""
+
+
+# Values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardState:
+    """One shard at one moment."""
+
+    snapshot: Snapshot
+    clients: int
+    shrinker_errors: int
+    discards: Mapping[str, bool]
+    now: float
+    """The engine's clock."""

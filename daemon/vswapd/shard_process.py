@@ -1,0 +1,245 @@
+"""A shard in a process of its own, behind a channel to its supervisor.
+
+Invariants:
+- It ends when it is told to, or when the supervisor has gone: it never outlives it.
+- What operators ask of it is asked of the supervisor, who asks all shards.
+
+This module must not know other shards, signals, or the service manager.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vswapd import __version__, journal, status
+from vswapd.channel import Channel
+from vswapd.config import Config
+from vswapd.config_schema import Device
+from vswapd.driver import Elsewhere, Task
+from vswapd.errors import OutOfServiceError
+from vswapd.front import ServiceError, beside, cannot_lock
+from vswapd.host import Host
+from vswapd.ledger import Column, Ledger
+from vswapd.messages import (
+    Adopt,
+    AskStatus,
+    Attach,
+    Beat,
+    Carry,
+    Hungry,
+    Operate,
+    Parted,
+    Serve,
+    ShardState,
+    Stop,
+    Tell,
+)
+from vswapd.session import Session
+from vswapd.shard import Shard, clock
+from vswapd.steering import Opened
+from vswapd.watchdog import Watchdog
+from vswapd_backends.shared import SharedRegion
+from vswapd_backends.shared_extents import SharedExtents, owners_bytes
+
+_LOG: Final = logging.getLogger(__name__)
+_HUNGRY_S: Final = 0.1
+"""Others are told that the pool is nearly full at most every so many seconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Birth:
+    """What a shard's process is made with."""
+
+    index: int
+    ledger: SharedRegion
+    config: Config
+    host: Host
+    source: Path | None
+    overrides: tuple[str, ...]
+    watchdog_s: float | None
+    adopt_device: Callable[[Attach, int], Opened]
+    """Makes a device of a descriptor."""
+
+
+class _Operators:
+    """What sessions ask of the daemon as a whole: the supervisor answers it."""
+
+    version = __version__
+
+    def __init__(self, channel: Channel, host: Host) -> None:
+        self._channel = channel
+        self._host = host
+
+    def status(self) -> Task[dict[str, Any]]:
+        """See session.Steering."""
+        return self._ask(AskStatus())
+
+    def may_steer(self, uid: int) -> bool:
+        """See session.Steering."""
+        return uid in {0, self._host.uid}
+
+    def carry_out(self, request: dict[str, Any]) -> Task[dict[str, Any]]:
+        """See session.Steering."""
+        return self._ask(Operate(request))
+
+    def _ask(self, message: object) -> Task[dict[str, Any]]:
+        asked: list[asyncio.Task[dict[str, Any]]] = []
+
+        def begin(done: Callable[[], None]) -> None:
+            task = asyncio.get_running_loop().create_task(self._channel.ask(message))
+            task.add_done_callback(lambda _: done())
+            asked.append(task)
+
+        yield Elsewhere(begin)
+        return asked[0].result()
+
+
+class ShardProcess:
+    """See the module. Made inside a running event loop."""
+
+    def __init__(self, birth: Birth, sock: socket.socket) -> None:
+        self._birth = birth
+        self._loop = asyncio.get_running_loop()
+        self._stopping = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._hungry_at = 0.0
+        self._channel = Channel(sock, self._handle, self._stopping.set)
+        self._shard = Shard(
+            config=birth.config,
+            host=birth.host,
+            source=birth.source,
+            overrides=birth.overrides,
+            surroundings=self,
+            open_device=self._open_device,
+            ledger=Ledger(birth.ledger, birth.index),
+            operators=_Operators(self._channel, birth.host),
+            on_parted=self._parted,
+        )
+        self._shard.engine.on_pressure = self._pressure
+
+    async def run(self) -> None:
+        """Serve until told to stop.
+
+        Raises:
+            ServiceError: it cannot start.
+        """
+        async with contextlib.AsyncExitStack() as made:
+            made.callback(self._channel.close)
+            if self._birth.config.pool.lock_memory:
+                try:
+                    self._shard.engine.lock_memory()
+                except OSError as error:
+                    raise ServiceError(cannot_lock(error)) from None
+            await self._shard.start(made)
+            self._shard.serve(made)
+            if self._birth.watchdog_s is not None:
+                watchdog = Watchdog(
+                    self._shard.driver, self._shard.shrinker, lambda: self._channel.tell(Beat())
+                )
+                beside(made, watchdog.run(self._birth.watchdog_s))
+            self._ready.set()
+            await self._stopping.wait()
+
+    async def _handle(self, message: Any, descriptors: list[int]) -> Any:
+        await self._ready.wait()
+        shard = self._shard
+        match message:
+            case Serve():
+                shard.server.welcome(socket.socket(fileno=descriptors[0]))
+            case Tell():
+                return self._state()
+            case Carry(request):
+                return await shard.drive(shard.steering.answer(request))
+            case Adopt(config):
+                await shard.drive(shard.steering.configure(lambda _: config))
+            case Attach():
+                self._attach(message, *descriptors)
+            case Hungry():
+                shard.shrinker.poke()
+            case Stop():
+                self._stopping.set()
+            case _:
+                raise TypeError(message)
+        return None
+
+    def _state(self) -> ShardState:
+        with self._shard.driver.lock:
+            snapshot = self._shard.engine.snapshot()
+        return ShardState(
+            snapshot=snapshot,
+            clients=self._shard.server.clients,
+            shrinker_errors=self._shard.shrinker.errors,
+            discards={
+                path: opened.discards for path, opened in self._shard.steering.devices.items()
+            },
+            now=clock(),
+        )
+
+    def _attach(self, message: Attach, device_fd: int, owners_fd: int) -> None:
+        ledger = self._shard.ledger
+        try:
+            owners = SharedRegion(
+                "vswapd-extents", owners_bytes(message.extents, ledger.shards), fd=owners_fd
+            )
+        except BaseException:
+            os.close(device_fd)
+            raise
+        opened = self._birth.adopt_device(message, device_fd)
+        extents = SharedExtents(message.extents, owners, ledger.shard, ledger.shards)
+        try:
+            with self._shard.driver.lock:
+                self._shard.engine.swapon(opened.device, message.entry.priority, extents)
+        except BaseException:
+            opened.device.close()
+            raise
+        self._shard.steering.devices[message.entry.path] = opened
+
+    def _parted(self, session: Session) -> None:
+        self._channel.tell(Parted(session.joined))
+
+    def _pressure(self) -> None:
+        """There is something for the shrinker to do; perhaps for those of other shards too."""
+        self._shard.shrinker.poke()
+        core = self._shard.engine.core
+        if core.ledger.others(Column.POOL) and core.pool_use() > (
+            core.settings.high_watermark * core.settings.pool_max
+        ):
+            now = clock()
+            if now - self._hungry_at > _HUNGRY_S:
+                self._hungry_at = now
+                self._loop.call_soon_threadsafe(self._channel.tell, Hungry())
+
+    # What steering wants
+
+    def facts(self, config: Config) -> status.Facts:
+        """Nobody asks a shard for the document."""
+        raise NotImplementedError
+
+    def configure(self, config: Config) -> None:
+        """See steering.Surroundings. Metrics are the supervisor's."""
+        journal.set_up(config.log.level)
+
+    def _open_device(self, entry: Device) -> Opened:
+        raise OutOfServiceError(f"{entry.path}: devices are opened by the supervisor")
+
+
+def run(birth: Birth, sock: socket.socket) -> int:
+    """A shard's whole life, in its own process; returns its exit code."""
+
+    async def main() -> None:
+        await ShardProcess(birth, sock).run()
+
+    try:
+        asyncio.run(main())
+    except ServiceError as error:
+        _LOG.error("shard %d: %s", birth.index, error)
+        return error.exit_code
+    return 0

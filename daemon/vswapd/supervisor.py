@@ -1,0 +1,566 @@
+"""Several shards as one daemon: who accepts, hands over, asks all, and adds up.
+
+The supervisor stores no page. It owns the listening socket and the devices' locks, hands each
+connection to a shard (SCM_RIGHTS), and answers for all of them: status is added up, a verb is
+carried out by every shard, a setting holds in all or in none.
+
+Invariants:
+- Shards are forked before anything is started: they share what was loaded, and no thread, no lock.
+- A connection goes to the shard that its HELLO asks for, else to the one with the fewest.
+- A shard that ends by itself ends the daemon: its pages are gone, and nobody may think otherwise.
+- A beat is told when every shard has told one since the last.
+
+This module must not know engines, or concrete devices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
+
+from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
+from vswapd import shard_process, status
+from vswapd.arguments import Arguments
+from vswapd.channel import Channel, ChannelClosedError
+from vswapd.config import Config, ConfigError, load
+from vswapd.config_schema import Device
+from vswapd.errors import ArgumentError, NoSuchDeviceError, OutOfServiceError
+from vswapd.front import Front, ServiceError, Tally
+from vswapd.merge import merged
+from vswapd.messages import (
+    Adopt,
+    AskStatus,
+    Attach,
+    Beat,
+    Carry,
+    Hungry,
+    Operate,
+    Parted,
+    Serve,
+    ShardState,
+    Stop,
+    Tell,
+)
+from vswapd.server import refuse
+from vswapd.shard_process import Birth
+from vswapd.sizes import human_size
+from vswapd.snapshot import Snapshot
+from vswapd.steering import Reloaded, device_of, log_answer, no_such_verb, with_set
+from vswapd_backends.shared import SharedRegion
+from vswapd_backends.shared_extents import owners_region
+from vswapd_blockdev.device import OpenError
+
+_LOG: Final = logging.getLogger(__name__)
+_ACCEPTS: Final = 16
+"""Connections that are accepted per turn."""
+_HELLO_S: Final = 1.0
+"""How long the first request of a connection is waited for before it is handed over without."""
+_MOST_HELLO: Final = 4096
+_PATIENCE_S: Final = 40.0
+"""Seconds that shards are given to end: more than they give their connections."""
+
+
+class LockedDevice(Protocol):
+    """A device that the supervisor has opened and locked."""
+
+    def attach(self) -> tuple[Attach, int]:
+        """What a shard is told of it, and its descriptor."""
+
+    def close(self) -> None:
+        """Give it up."""
+
+
+class _InUse(NamedTuple):
+    """A device, and who has which part of it."""
+
+    device: LockedDevice
+    owners: SharedRegion
+
+
+@dataclass(slots=True)
+class Child:
+    """One shard, seen from outside."""
+
+    index: int
+    pid: int
+    sock: socket.socket
+    channel: Channel = field(init=False)
+    connections: int = 0
+    beaten: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def fork_shards(count: int, birth: Callable[[int], Birth], unwanted: Sequence[int]) -> list[Child]:
+    """Make the shards' processes. Nothing may have been started in this one yet.
+
+    Args:
+        count: how many.
+        birth: what each is made with.
+        unwanted: descriptors that shards are not to have: the listening sockets.
+    """
+    gc.collect()
+    # No collection shall write to what is shared.
+    gc.freeze()
+    children: list[Child] = []
+    for index in range(count):
+        here, there = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            code = 70  # EX_SOFTWARE: if what follows fails before it can say how
+            try:
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    # They are for the supervisor, also where the whole group gets them.
+                    signal.signal(number, signal.SIG_IGN)
+                here.close()
+                for child in children:
+                    child.sock.close()
+                for fd in unwanted:
+                    os.close(fd)
+                code = shard_process.run(birth(index), there)
+            except BaseException:  # noqa: BLE001 - it must not return into the supervisor's code
+                _LOG.exception("shard %d failed by a mistake of ours", index)
+            finally:
+                logging.shutdown()
+                os._exit(code)
+        there.close()
+        children.append(Child(index, pid, here))
+    return children
+
+
+class Supervisor:
+    """A daemon's body that is several shards. Made inside a running event loop."""
+
+    def __init__(
+        self,
+        front: Front,
+        birth: Birth,
+        children: list[Child],
+        open_device: Callable[[Device], LockedDevice],
+    ) -> None:
+        self._front = front
+        self._birth = birth
+        self._config = birth.config
+        self._children = children
+        self._open_device = open_device
+        self._loop = asyncio.get_running_loop()
+        self._devices: dict[str, _InUse] = {}
+        self._changing = asyncio.Lock()
+        """Configurations and devices change one after the other."""
+        self._clients = 0
+        self._told_full = False
+        self._stopping = False
+        self._all_beaten = asyncio.Event()
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    # Shards
+
+    async def start(self, made: contextlib.AsyncExitStack) -> None:
+        """See front.Body."""
+        for child in self._children:
+            child.channel = Channel(child.sock, self._handler(child))
+            pidfd = os.pidfd_open(child.pid)
+            self._loop.add_reader(pidfd, self._died, child, pidfd)
+        made.push_async_callback(self._stop)
+        try:
+            await self._ask_all(Tell())
+        except ChannelClosedError:
+            raise ServiceError("a shard cannot start: see above") from None
+        for entry in self._config.devices:
+            opened = await self._swapon(entry)
+            size = human_size(opened["size_bytes"])
+            _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
+
+    def _died(self, child: Child, pidfd: int) -> None:
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        _, status_word = os.waitpid(child.pid, 0)
+        child.channel.close()
+        child.ended.set()
+        if not self._stopping:
+            code = os.waitstatus_to_exitcode(status_word)
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+            self._front.fail(
+                f"shard {child.index} (pid {child.pid}) {how}: its pages are lost, and the daemon "
+                "ends"
+            )
+
+    async def _stop(self) -> None:
+        self._stopping = True
+        for child in self._children:
+            child.channel.tell(Stop())
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                for child in self._children:
+                    await child.ended.wait()
+        except TimeoutError:
+            for child in self._children:
+                if not child.ended.is_set():
+                    _LOG.error("shard %d does not end: it is killed", child.index)
+                    os.kill(child.pid, signal.SIGKILL)
+                    await child.ended.wait()
+        for used in self._devices.values():
+            used.device.close()
+
+    def _handler(self, child: Child) -> Callable[[Any, list[int]], Awaitable[Any]]:
+        async def handle(message: Any, _: list[int]) -> Any:
+            match message:
+                case Operate(request):
+                    return await self.operate(request)
+                case AskStatus():
+                    return await self.document()
+                case Beat():
+                    child.beaten = True
+                    if all(each.beaten for each in self._children):
+                        self._all_beaten.set()
+                case Parted(joined):
+                    child.connections -= 1
+                    self._clients -= not joined
+                    self._told_full = False
+                case Hungry():
+                    for other in self._children:
+                        if other is not child:
+                            other.channel.tell(Hungry())
+                case _:
+                    raise TypeError(message)
+            return None
+
+        return handle
+
+    async def _ask_all(self, message: object, descriptors: Sequence[int] = ()) -> list[Any]:
+        """Every shard's answer, in their order; the first error once all have answered."""
+        answers = await self._ask_each([message] * len(self._children), descriptors)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return answers
+
+    async def _ask_each(
+        self, messages: Sequence[object], descriptors: Sequence[int] = ()
+    ) -> list[Any]:
+        """Every shard's answer or error to a message of its own."""
+        return await asyncio.gather(
+            *(
+                child.channel.ask(message, descriptors)
+                for child, message in zip(self._children, messages, strict=True)
+            ),
+            return_exceptions=True,
+        )
+
+    async def watch(self, period_s: float, tell: Callable[[], None]) -> None:
+        """See front.Body. The period is the shards' business."""
+        del period_s
+        while True:
+            await self._all_beaten.wait()
+            self._all_beaten.clear()
+            for child in self._children:
+                child.beaten = False
+            tell()
+
+    # Connections
+
+    def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
+        """See front.Body."""
+        for listener in listeners:
+            listener.setblocking(False)
+            self._loop.add_reader(listener, self._accept, listener)
+            made.callback(self._deaf, listener)
+
+    def _deaf(self, listener: socket.socket) -> None:
+        self._loop.remove_reader(listener)
+        listener.close()
+        for task in self._waiting:
+            task.cancel()
+
+    def _accept(self, listener: socket.socket) -> None:
+        for _ in range(_ACCEPTS):
+            try:
+                sock, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            sock.setblocking(False)
+            hello = _peek(sock)
+            if hello is None:
+                self._later(self._wait_for_hello(sock))
+            else:
+                self._hand_over(sock, hello)
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def _wait_for_hello(self, sock: socket.socket) -> None:
+        arrived = asyncio.Event()
+        self._loop.add_reader(sock, arrived.set)
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                await arrived.wait()
+        except TimeoutError:
+            pass  # the shard has patience of its own
+        except asyncio.CancelledError:
+            self._loop.remove_reader(sock)
+            sock.close()
+            raise
+        self._loop.remove_reader(sock)
+        self._hand_over(sock, _peek(sock) or b"")
+
+    def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
+        wish, joins = parse_wish(hello)
+        most = self._config.server.max_connections
+        if not joins and self._clients >= most:
+            if not self._told_full:
+                self._told_full = True
+                _LOG.warning("a client was refused: server.max_connections = %d are open", most)
+            refuse(sock, most)
+            return
+        if wish is not None and 0 <= wish < len(self._children):
+            child = self._children[wish]
+        else:
+            child = min(self._children, key=lambda each: each.connections)
+        child.connections += 1
+        self._clients += not joins
+        with sock:
+            child.channel.tell(Serve(), [sock.fileno()])
+
+    # What operators see
+
+    async def _states(self) -> list[ShardState]:
+        found: list[ShardState] = await self._ask_all(Tell())
+        return found
+
+    async def document(self) -> dict[str, Any]:
+        """See front.Body."""
+        states = await self._states()
+        facts = self._front.facts(
+            self._config,
+            clients=sum(state.clients for state in states),
+            shrinker_errors=sum(state.shrinker_errors for state in states),
+        )
+        snapshot = self._merged(states)
+        document = status.document(snapshot, facts, states[0].discards)
+        return document | {"shards": len(states)}
+
+    def _merged(self, states: list[ShardState]) -> Snapshot:
+        settings = self._config.settings(self._birth.host)
+        return merged([state.snapshot for state in states], settings)
+
+    async def tally(self) -> Tally:
+        """See front.Body."""
+        states = await self._states()
+        snapshot = self._merged(states)
+        clients = sum(state.clients for state in states)
+        return Tally(snapshot.slots.allocated, clients, snapshot.saved_bytes)
+
+    # What operators do
+
+    async def operate(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry a verb out in all shards; see Steering.carry_out."""
+        arguments = Arguments(request)
+        verb = arguments.text("verb")
+        if verb not in self.verbs:
+            raise no_such_verb(verb, self.verbs)
+        answer = await self.verbs[verb](self, arguments, request)
+        log_answer(verb, answer)
+        return answer
+
+    async def _adopt(self, new: Config) -> None:
+        """Put a configuration into force everywhere, or nowhere. Under `_changing`."""
+        old = self._config
+        await asyncio.to_thread(self._front.configure, new)
+        try:
+            await self._ask_all(Adopt(new))
+        except BaseException:
+            await self._ask_each([Adopt(old)] * len(self._children))
+            await asyncio.to_thread(self._front.configure, old)
+            raise
+        self._config = new
+
+    async def reload(self) -> Reloaded:
+        """See front.Body."""
+        async with self._changing:
+            read = await asyncio.to_thread(load, self._birth.source, self._birth.overrides)
+            old = self._config
+            new = old.reloaded(read)
+            new.settings(self._birth.host)
+            await self._adopt(new)
+            return Reloaded.between(old, new, read)
+
+    async def _set(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        key, value = arguments.text("key"), arguments.text("value")
+        arguments.end()
+        async with self._changing:
+            old = self._config
+            try:
+                new = with_set(old, key, value)
+                new.settings(self._birth.host)
+                await self._adopt(new)
+            except ConfigError as error:
+                raise ArgumentError(str(error)) from None
+        return {"key": key, "old": old.flat().get(key, ""), "new": new.get(key)}
+
+    async def _reload(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        arguments.end()
+        try:
+            done = await self.reload()
+        except ConfigError as error:
+            raise ArgumentError(f"nothing was changed: {error}") from None
+        return {"changed": list(done.changed), "ignored": list(done.ignored)}
+
+    async def _swapon_verb(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        return await self._swapon(device_of(arguments))
+
+    async def _swapon(self, entry: Device) -> dict[str, Any]:
+        """Open a device and have every shard use its part of it."""
+        async with self._changing:
+            if entry.path in self._devices:
+                raise OutOfServiceError(f"{entry.path}: in use already")
+            try:
+                device = await asyncio.to_thread(self._open_device, entry)
+            except OpenError as error:
+                raise OutOfServiceError(str(error)) from None
+            attach, fd = device.attach()
+            owners = owners_region(attach.extents, len(self._children))
+            try:
+                await self._ask_all(attach, [fd, owners.fd])
+            except BaseException:
+                await self._ask_each([_swapoff_of(entry.path)] * len(self._children))
+                device.close()
+                raise
+            self._devices[entry.path] = _InUse(device, owners)
+        if not attach.direct:
+            _LOG.info("%s: no O_DIRECT there, pages also go through the page cache", entry.path)
+        states = await self._states()
+        found = next(d for d in states[0].snapshot.devices if d.path == entry.path)
+        return {"path": entry.path, "size_bytes": found.size_bytes, "priority": found.priority}
+
+    async def _swapoff(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        path = arguments.path("path")
+        arguments.end()
+        async with self._changing:
+            if path not in self._devices:
+                known = ", ".join(self._devices) or "none"
+                raise NoSuchDeviceError(f"{path} is not in use; in use: {known}")
+            used = self._devices[path]
+            answers = await self._ask_each([_swapoff_of(path)] * len(self._children))
+            failed = [answer for answer in answers if isinstance(answer, BaseException)]
+            if failed:
+                # What one shard cannot move keeps the device in use: for all, as before.
+                attach, fd = used.device.attach()
+                await asyncio.gather(
+                    *(
+                        child.channel.ask(attach, [fd, used.owners.fd])
+                        for child, answer in zip(self._children, answers, strict=True)
+                        if not isinstance(answer, BaseException)
+                    )
+                )
+                raise failed[0]
+            await asyncio.to_thread(self._devices.pop(path).device.close)
+        return {"path": path, "moved_pages": sum(answer["moved_pages"] for answer in answers)}
+
+    async def _writeback(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        nbytes = arguments.size("bytes", least=1)
+        arguments.end()
+        states = await self._states()
+        held = [state.snapshot.pool.live_bytes for state in states]
+        total = max(1, sum(held))
+        # Each its share of what there is; at least a byte, which is a segment.
+        shares = [max(1, -(-nbytes * mine // total)) for mine in held]
+        answers = await self._ask_each(
+            [Carry({"verb": "writeback", "bytes": share}) for share in shares]
+        )
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        stopped = next((a["stopped"] for a in answers if a["stopped"] is not None), None)
+        written = sum(a["bytes"] for a in answers)
+        return {
+            "bytes": written,
+            "pages": sum(a["pages"] for a in answers),
+            "stopped": None if written >= nbytes else stopped,
+        }
+
+    async def _summed(self, arguments: Arguments, request: dict[str, Any]) -> dict[str, Any]:
+        """A verb without arguments whose answer is numbers: their sums."""
+        arguments.end()
+        answers = await self._ask_all(Carry(request))
+        return {key: sum(answer[key] for answer in answers) for key in answers[0]}
+
+    async def _verify(self, arguments: Arguments, request: dict[str, Any]) -> dict[str, Any]:
+        arguments.end()
+        answers = await self._ask_all(Carry(request))
+        return {
+            "ok": all(answer["ok"] for answer in answers),
+            "problems": [
+                f"shard {index}: {problem}"
+                for index, answer in enumerate(answers)
+                for problem in answer["problems"]
+            ],
+            **{
+                key: sum(answer[key] for answer in answers)
+                for key in ("slots", "entries", "checked_bytes")
+            },
+        }
+
+    async def _spaces(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        arguments.end()
+        states = await self._states()
+        return status.spaces(self._merged(states), states[0].now)
+
+    Verb = Callable[["Supervisor", Arguments, dict[str, Any]], Awaitable[dict[str, Any]]]
+    verbs: ClassVar[Mapping[str, Verb]] = MappingProxyType(
+        {
+            "set": _set,
+            "swapon": _swapon_verb,
+            "swapoff": _swapoff,
+            "writeback": _writeback,
+            "compact": _summed,
+            "verify": _verify,
+            "spaces": _spaces,
+            "reload": _reload,
+        }
+    )
+
+
+def _swapoff_of(path: str) -> Carry:
+    return Carry({"verb": "swapoff", "path": path})
+
+
+def _peek(sock: socket.socket) -> bytes | None:
+    """What has arrived on a connection, left there; None: nothing yet."""
+    try:
+        return sock.recv(_MOST_HELLO, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return b""  # gone already: a shard will find out
+
+
+def parse_wish(hello: bytes) -> tuple[int | None, bool]:
+    """The shard that a HELLO asks for, if any, and whether it joins a space.
+
+    What is no HELLO asks for nothing: what is wrong with it is for the shard to say.
+    """
+    if len(hello) < HEADER_BYTES:
+        return None, False
+    length, version, op, *_ = HEADER.unpack_from(hello)
+    if version != VERSION or op != Op.HELLO:
+        return None, False
+    try:
+        said = json.loads(hello[HEADER_BYTES:length])
+    except (ValueError, RecursionError):
+        return None, False
+    if not isinstance(said, dict):
+        return None, False
+    wish = said.get("shard")
+    shard = wish if isinstance(wish, int) and not isinstance(wish, bool) else None
+    return shard, said.get("token") is not None

@@ -45,7 +45,7 @@ def test_hello_says_the_limits(daemon: RunningDaemon) -> None:
     with Wire(daemon.socket_path) as wire:
         answer = wire.hello()
         assert (answer["version"], answer["page_bytes"]) == (1, 4096)
-        assert (answer["shards"], answer["shard"]) == (1, 0)
+        assert 0 <= answer["shard"] < answer["shards"]
         assert answer["max_batch"] >= 1
         assert answer["max_pipeline"] >= 1
         assert answer["max_frame_bytes"] >= 24 + 4104

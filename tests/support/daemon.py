@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = tuple(REPOSITORY / name for name in ("client", "daemon", "backends", "blockdev"))

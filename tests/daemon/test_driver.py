@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -45,14 +44,38 @@ def _thread(call: Callable[[], Any]) -> threading.Thread:
 # The fair lock
 
 
-def _until_waited_for(lock: FairLock) -> None:
-    """Until somebody stands at the door; there is no event for that."""
-    end = time.monotonic() + PATIENCE_S
-    while not lock.door.locked():
-        assert time.monotonic() < end, "nobody waits at the door"
-        os.sched_yield()
+class Room:
+    """The inner of a fair lock's two, which tells when somebody at the door wants to come in."""
+
+    def __init__(self, room: threading.Lock) -> None:
+        self._room = room
+        self.wanted = threading.Event()
+        self.locked = room.locked
+        self.release = room.release
+
+    def acquire(self, timeout: float = -1.0) -> bool:
+        self.wanted.set()
+        return self._room.acquire(timeout=timeout)
 
 
+@pytest.fixture
+def room(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Room:
+    """That of the driver's lock."""
+    made = Room(driver.lock.room)
+    monkeypatch.setattr(driver.lock, "room", made)
+    return made
+
+
+@pytest.fixture
+def _restless() -> Iterator[None]:
+    """Threads take turns all the time."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_restless")
 def test_one_at_a_time() -> None:
     """Nobody is inside together with anybody else, however many want to be."""
     lock, inside, most, turns = FairLock(), [0], [0], [0]
@@ -62,7 +85,6 @@ def test_one_at_a_time() -> None:
             with lock:
                 inside[0] += 1
                 most[0] = max(most[0], inside[0])
-                os.sched_yield()
                 turns[0] += 1
                 inside[0] -= 1
 
@@ -73,7 +95,7 @@ def test_one_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("how", ["lock", "start"])
-def test_who_gives_it_back_comes_after_who_has_waited(driver: Driver, how: str) -> None:
+def test_who_gives_it_back_comes_after_who_has_waited(driver: Driver, room: Room, how: str) -> None:
     """A thread that wants the lock again at once does not get it before one that was waiting."""
     lock, order = driver.lock, list[str]()
 
@@ -88,8 +110,9 @@ def test_who_gives_it_back_comes_after_who_has_waited(driver: Driver, how: str) 
 
     for _ in range(100):
         lock.acquire()
+        room.wanted.clear()
         waiter = _thread(wait)
-        _until_waited_for(lock)
+        assert room.wanted.wait(PATIENCE_S)
         lock.release()
         if how == "start":
             driver.start(again())
@@ -100,9 +123,9 @@ def test_who_gives_it_back_comes_after_who_has_waited(driver: Driver, how: str) 
     assert order == ["waited", "again"] * 100
 
 
-def test_waiting_for_the_lock_can_be_bounded() -> None:
+def test_waiting_for_the_lock_can_be_bounded(driver: Driver, room: Room) -> None:
     """Whoever gives up waiting, at the room or at the door, leaves everything as it was."""
-    lock = FairLock()
+    lock = driver.lock
     lock.acquire()
     assert not lock.acquire(timeout=0.001)
     assert not lock.door.locked()
@@ -111,8 +134,9 @@ def test_waiting_for_the_lock_can_be_bounded() -> None:
         with lock:
             pass
 
+    room.wanted.clear()
     waiter = _thread(wait)
-    _until_waited_for(lock)
+    assert room.wanted.wait(PATIENCE_S)
     assert not lock.acquire(timeout=0.001)
     lock.release()
     waiter.join()

@@ -6,7 +6,6 @@ Invariants (numbers as in "What must never be"): 20.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,8 +272,7 @@ def test_stopping_in_the_middle_leaves_a_sound_engine() -> None:
     assert device.reached.wait(PATIENCE_S)
     stopping = threading.Thread(target=running.thread.stop)
     stopping.start()
-    while not running.thread._progress.stop:
-        os.sched_yield()
+    assert running.thread._news.wait(PATIENCE_S), "it is told to stop"
     device.open.set()
     stopping.join()
     running.driver.close()

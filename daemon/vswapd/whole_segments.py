@@ -83,10 +83,18 @@ class WholeSegments:
         ends = np.cumsum(batch.counts)
         return self._cut(batch, int(np.searchsorted(ends, hot[0], side="right")))
 
+    def first(self, batch: WholeBatch, segments: int) -> WholeBatch:
+        """The first `segments` of a batch, at least one."""
+        found = self._cut(batch, segments)
+        assert found is not None
+        return found
+
     def _cut(self, batch: WholeBatch, segments: int) -> WholeBatch | None:
         """The first `segments` of a batch; None if none is left."""
         if segments == 0:
             return None
+        if segments >= len(batch.segments):
+            return batch
         entries = sum(batch.counts[:segments])
         return WholeBatch(
             batch.segments[:segments],

@@ -32,6 +32,7 @@ from vswapd.whole_segments import WHOLE_AT_ONCE, WholeBatch, WholeSegments, one_
 from vswapd_backends.base import (
     I64,
     PAGE_BYTES,
+    PAUSE,
     SEGMENT_BYTES,
     U64,
     WAIT,
@@ -187,9 +188,15 @@ class Writeback:
     def _write_whole(self, stream: Stream, cause: Cause, batch: WholeBatch) -> Operation[Written]:
         """Write segments as they are, one extent each."""
         core, group = self._core, self._core.groups[stream[1]]
-        numbers = [core.devices.take(*stream, 0) for _ in batch.segments]
-        taken = [number for number in numbers if number is not None]
-        assert len(taken) == len(batch.segments), "ready_extents has counted them"
+        taken: list[int] = []
+        while len(taken) < len(batch.segments):
+            number = core.devices.take(*stream, 0)
+            if number is None:
+                break  # another shard was faster: what `ready_extents` counts is there for all
+            taken.append(number)
+        if not taken:
+            return Written(stopped=Stop.DEVICE_FULL)
+        batch = self._whole.first(batch, len(taken))
         buffer = self.buffers.take(WHOLE_AT_ONCE)
         pending = int(batch.directory.lengths.sum())
         group.device_pending += pending
@@ -228,6 +235,11 @@ class Writeback:
         number = yield from self.take_extent(stream)
         if number is None:
             return Written(stopped=Stop.DEVICE_FULL)
+        left = core.budget_left()
+        if left is not None and left < SEGMENT_BYTES:
+            # Spent by others while a discard was waited for.
+            core.devices.unpin(number)
+            return Written(stopped=Stop.WRITE_BUDGET)
         # The room was found first; the entries are looked at only now.
         buffer = self.buffers.take()
         builder = ImageBuilder(
@@ -336,6 +348,7 @@ class Writeback:
         """Copy cold entries of the oldest segments into the image, until it is full."""
         core, zswap = self._core, self._core.zswap
         gathered = _Gathered()
+        hot_bytes = 0
         allowance = core.groups[stream[1]].device_room()
         while (segment := zswap.oldest(stream)) is not None:
             if zswap.is_open(segment):
@@ -374,7 +387,9 @@ class Writeback:
             if count < len(cold):
                 break
             gathered.finished.append(segment)
-            if builder.room < _SMALLEST_ROOM:
+            hot_bytes += int(directory.lengths.sum() - cold.lengths.sum())
+            if builder.room < _SMALLEST_ROOM or hot_bytes >= SEGMENT_BYTES:
+                # A stream that was loaded as a whole is not moved as a whole in one step.
                 break
         return gathered
 
@@ -390,8 +405,16 @@ class Writeback:
         return len(flipped)
 
     def _second_chance(self, gathered: _Gathered, stream: Stream) -> int:
-        """Move what still lives in finished segments to the young end, unmarked."""
-        return sum(self.rejuvenate(segment, stream) for segment in gathered.finished)
+        """Move what still lives in finished segments to the young end, unmarked.
+
+        Each is let go of before the next is moved: the pool grows by one at most.
+        """
+        moved = 0
+        for segment in gathered.finished:
+            moved += self.rejuvenate(segment, stream)
+            gathered.pinned.remove(segment)
+            self._core.zswap.unpin(segment)
+        return moved
 
     def rejuvenate(self, segment: int, stream: Stream) -> int:
         """Move all live entries of a pinned segment to its stream's open one; returns how many.
@@ -446,10 +469,13 @@ class Writeback:
                     flight = self.write_some(cause, only, most)
                     landed = yield from _advance(flight, flights)
                     total = _sum(total, landed)
+                    if landed.moved:
+                        yield PAUSE  # it has only moved pages, and may go on doing so
                 if not flights:
                     return total
-                flight, batch = flights.popleft()
+                flight, batch = flights[0]
                 yield batch
+                flights.popleft()
                 landed = yield from _advance(flight, flights)
                 total = _sum(total, landed)
         finally:
@@ -472,6 +498,10 @@ def _advance(
     except StopIteration as end:
         landed: Written = end.value
         return landed
+    except BaseException:
+        # Nobody else has it in hand: what it pins and reserves is given back now.
+        flight.close()
+        raise
 
 
 def _bytes(flights: deque[tuple[Operation[Written], IoBatch]]) -> int:

@@ -114,8 +114,6 @@ class Writeback:
         self._core = core
         self._whole = WholeSegments(core)
         self.buffers: Final = ImageBuffers((1, WHOLE_AT_ONCE), PIPELINE)
-        self.in_flight = 0
-        """Operations whose images are being written now."""
 
     # What could go
 
@@ -328,7 +326,6 @@ class Writeback:
         """Have writes performed; while they are under way others know of them, and the budget."""
         core = self._core
         size = sum(request.length for request in requests)
-        self.in_flight += 1
         core.budget_pending += size
         core.enter_budget()
         try:
@@ -336,7 +333,6 @@ class Writeback:
         finally:
             core.budget_pending -= size
             core.enter_budget()
-            self.in_flight -= 1
 
     def account(self, cause: Cause, size: int) -> None:
         """Count bytes that were written to a device under their cause, and against the budget."""

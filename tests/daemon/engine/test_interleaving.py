@@ -286,7 +286,6 @@ class Storm:
         assert not self.rig.engine.core.zswap._pins.any()
         assert all(group.device_pending == 0 for group in self.rig.engine.core.groups)
         assert self.rig.engine.core.budget_pending == 0
-        assert self.rig.engine._writeback.in_flight == 0
 
 
 WEATHERS: Final = {

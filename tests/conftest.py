@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 _MARK = "VSWAPD_TEST_SESSION"
@@ -22,6 +23,11 @@ _ALLOWED = "hardware:"
 
 _problems = pytest.StashKey[list[str]]()
 _before = pytest.StashKey[set[Path]]()
+
+
+# No test is about time, and machines that run them are shared.
+hypothesis.settings.register_profile("vswapd", deadline=None)
+hypothesis.settings.load_profile("vswapd")
 
 
 def pytest_configure(config: pytest.Config) -> None:

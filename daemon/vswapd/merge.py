@@ -52,7 +52,7 @@ def merged(snapshots: Sequence[Snapshot], settings: Settings) -> Snapshot:
         shrinker=_shrinker([s.shrinker for s in snapshots]),
         stats=_stats([s.stats for s in snapshots]),
         groups=_each([s.groups for s in snapshots], lambda g: g.name, _group),
-        spaces=_each([s.spaces for s in snapshots], lambda s: s.key or s.id, _space),
+        spaces=_each([s.spaces for s in snapshots], lambda s: s.key or object(), _space),
         saved_bytes=sum(s.saved_bytes for s in snapshots),
         settings=settings,
     )

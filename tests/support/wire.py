@@ -117,8 +117,8 @@ class Wire:
             assert reply.flags == 0
         return reply
 
-    def hello(self, flags: int = 0) -> dict[str, Any]:
-        body = json.dumps({"client": f"test {os.getpid()}"}).encode()
+    def hello(self, flags: int = 0, **said: object) -> dict[str, Any]:
+        body = json.dumps({"client": f"test {os.getpid()}", **said}).encode()
         reply = self.ask(HELLO, body, flags=flags)
         assert (reply.status, reply.count) == (0, 0), reply.text
         return reply.json

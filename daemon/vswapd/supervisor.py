@@ -157,6 +157,7 @@ class Supervisor:
         self._changing = asyncio.Lock()
         """Configurations and devices change one after the other."""
         self._clients = 0
+        self._tally = Tally(0, 0, 0)
         self._told_full = False
         self._stopping = False
         self._all_beaten = asyncio.Event()
@@ -173,7 +174,7 @@ class Supervisor:
         made.push_async_callback(self._stop)
         try:
             await self._ask_all(Tell())
-        except ChannelClosedError:
+        except OutOfServiceError:
             raise ServiceError("a shard cannot start: see above") from None
         for entry in self._config.devices:
             opened = await self._swapon(entry)
@@ -237,9 +238,15 @@ class Supervisor:
         return handle
 
     async def _ask_all(self, message: object, descriptors: Sequence[int] = ()) -> list[Any]:
-        """Every shard's answer, in their order; the first error once all have answered."""
+        """Every shard's answer, in their order; the first error once all have answered.
+
+        Raises:
+            OutOfServiceError: a shard has gone, and the daemon is about to end.
+        """
         answers = await self._ask_each([message] * len(self._children), descriptors)
         for answer in answers:
+            if isinstance(answer, ChannelClosedError):
+                raise OutOfServiceError("a shard has gone") from answer
             if isinstance(answer, BaseException):
                 raise answer
         return answers
@@ -356,10 +363,13 @@ class Supervisor:
 
     async def tally(self) -> Tally:
         """See front.Body."""
-        states = await self._states()
-        snapshot = self._merged(states)
-        clients = sum(state.clients for state in states)
-        return Tally(snapshot.slots.allocated, clients, snapshot.saved_bytes)
+        # Without a shard the daemon is about to end, and says why: what was last known will do.
+        with contextlib.suppress(OutOfServiceError):
+            states = await self._states()
+            snapshot = self._merged(states)
+            clients = sum(state.clients for state in states)
+            self._tally = Tally(snapshot.slots.allocated, clients, snapshot.saved_bytes)
+        return self._tally
 
     # What operators do
 

@@ -253,6 +253,20 @@ def test_a_killed_shard_ends_the_daemon() -> None:
         assert f"(pid {killed}) was killed by signal 9: its pages are lost" in daemon.log
 
 
+def test_a_shard_is_killed_while_it_is_asked() -> None:
+    """Whoever waits for the answer of a killed shard does not keep the daemon from saying why."""
+    with running_daemon("server.shards=2") as daemon:
+        killed, _ = children(daemon)
+        os.kill(killed, signal.SIGSTOP)
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.await_notification("RELOADING=1")
+        os.kill(killed, signal.SIGKILL)
+        daemon.await_exit(expected=71)
+        assert f"(pid {killed}) was killed by signal 9: its pages are lost" in daemon.log
+        assert "Traceback" not in daemon.log
+        assert "exception was never retrieved" not in daemon.log
+
+
 def test_shards_end_with_their_supervisor() -> None:
     """A supervisor that is killed leaves no process behind."""
     with running_daemon("server.shards=2") as daemon:

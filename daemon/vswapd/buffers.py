@@ -78,6 +78,11 @@ class Buffers:
         return self._small if amount <= LARGE else self._large
 
     @property
+    def crowded(self) -> bool:
+        """Whether somebody waits."""
+        return self._small.crowded or self._large.crowded
+
+    @property
     def used(self) -> int:
         """Bytes that are out."""
         return self._small.used + self._large.used

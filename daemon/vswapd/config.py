@@ -163,8 +163,13 @@ class Config:
         """What the engine is told: sizes in bytes on this host, groups by uid.
 
         Raises:
-            ConfigError: more memory than the host has, or a user that it does not know.
+            ConfigError: more memory than the host has, or a user or group that it does not know.
         """
+        if self.server.socket_group and host.gid_of(self.server.socket_group) is None:
+            raise ConfigError(
+                f"this host has no group {self.server.socket_group!r}: write a group's name",
+                key="server.socket_group",
+            )
         pool_max = self.pool.max.of(host.ram_bytes)
         if pool_max > host.ram_bytes:
             raise ConfigError(
@@ -338,6 +343,10 @@ def _unknown(key: str, source: str, known: Sequence[str] = ()) -> ConfigError:
         group = name.rpartition(".")[0] or DEFAULT
         names = [f"groups.{group}.{n}" for n in field_names(GroupKeys)]
         tables = [*SECTIONS, "groups", "device"]
+        if key in tables:
+            example = next(k for k in (*KEYS, *names) if k.startswith(f"{key}."))
+            text = f"is a table: name a key of it, such as {example}"
+            return ConfigError(text, key=key, source=source)
         known = [*KEYS, *names] if name else [*tables, *KEYS]
     # First the right name in the wrong table, or in none; then what is spelt most alike.
     near = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 MIN_POOL_BYTES: Final = 1 << 20
 """Four segments: below that, second chances and writeback have nothing to choose from."""
-MIN_DEVICE_BYTES: Final = 1 << 20
+MIN_DEVICE_BYTES: Final = 1280 << 10
+"""What the smallest swap device takes: five times 256 KiB, one of them its header's."""
 MIN_TIMEOUT_S: Final = 0.1
 MAX_PORT: Final = 0xFFFF
 _IPV6: Final = 6

@@ -47,6 +47,12 @@ _NOTHING: Final = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
 """What an error answers that no request caused."""
 
 
+CROWDED_S: Final = 1.0
+"""Patience with whoever holds memory that others wait for, and neither sends nor reads: nothing
+over a local socket takes so long. Else a few clients that stop in the middle of large requests
+would stop all others for request_timeout."""
+
+
 class _State(Enum):
     """What a connection waits for."""
 
@@ -68,6 +74,9 @@ class Hub(Protocol):
     request_timeout: float
     scratch: memoryview
     """Where bytes go that nobody wants."""
+
+    def crowded(self) -> None:
+        """Somebody waits for memory: whoever holds some and does nothing is to be found soon."""
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run something to its end, whatever becomes of its connection."""
@@ -191,6 +200,7 @@ class Connection:
         else:
             self._awaited = amount
             self._read(False)
+            self._hub.crowded()
 
     def _granted(self) -> None:
         """There is memory now, and it has been taken."""
@@ -391,10 +401,12 @@ class Connection:
         if self._seen != self._moved or self._seen_requests != self._requests:
             self._since = now
         self._seen, self._seen_requests = self._moved, self._requests
-        patience = self._hub.request_timeout
         held = max([self._taken, *(reply.taken for reply in self._out)])
-        # Bytes that trickle are progress, as long as nobody waits for the memory.
         crowded = held > 0 and self._hub.buffers.lane(held).crowded
+        patience = self._hub.request_timeout
+        if crowded:
+            patience = min(patience, CROWDED_S)
+        # Bytes that trickle are progress, as long as nobody waits for the memory.
         if now - self._since < patience and not (crowded and now - self._begun >= patience):
             return
         if self._unsent or not receiving:

@@ -1,15 +1,16 @@
-"""What the configuration needs to know of the machine: memory, user, names of users.
+"""What the configuration needs to know of the machine: memory, user, names of users and groups.
 
 Invariants:
 - `ram_bytes` is what this process may really use: the smallest of the machine's RAM and the limits
   of every control group above it, version 1 and 2.
-- Everything is read once; a Host is plain data afterwards, but for the look-up of users.
+- Everything is read once; a Host is plain data afterwards, but for the look-up of names.
 
 This module must not know the configuration.
 """
 
 from __future__ import annotations
 
+import grp
 import os
 import pwd
 from collections.abc import Callable, Iterator
@@ -28,6 +29,14 @@ def uid_of_user(name: str) -> int | None:
         return None
 
 
+def gid_of_group(name: str) -> int | None:
+    """The gid of a group's name, or None if there is no such group."""
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """The machine as the configuration sees it."""
@@ -42,6 +51,8 @@ class Host:
     """$XDG_RUNTIME_DIR, if it is a directory."""
     uid_of: Callable[[str], int | None] = uid_of_user
     """The uid of a user's name, None if unknown."""
+    gid_of: Callable[[str], int | None] = gid_of_group
+    """The gid of a group's name, None if unknown."""
 
     @classmethod
     def here(cls, root: Path = Path("/")) -> Host:

@@ -58,18 +58,28 @@ class ServiceManager:
             ValueError: something else was passed.
         """
         descriptors, self._descriptors = self._descriptors, []
-        taken = [socket.socket(fileno=fd) for fd in descriptors]
-        for sock in taken:
-            if not (
-                sock.family == socket.AF_UNIX
-                and sock.type == socket.SOCK_STREAM
-                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-            ):
-                number = sock.fileno()
-                for each in taken:
-                    each.close()
-                raise ValueError(f"descriptor {number} is no listening Unix stream socket")
-        return taken
+        for fd in descriptors:
+            if not _listens(fd):
+                for each in descriptors:
+                    os.close(each)
+                raise ValueError(f"descriptor {fd} is no listening Unix stream socket")
+        return [socket.socket(fileno=fd) for fd in descriptors]
+
+
+def _listens(fd: int) -> bool:
+    """Whether a descriptor is a listening Unix stream socket. It stays open."""
+    duplicate = os.dup(fd)
+    try:
+        copy = socket.socket(fileno=duplicate)
+    except OSError:
+        os.close(duplicate)
+        return False  # no socket at all
+    with copy:
+        return bool(
+            copy.family == socket.AF_UNIX
+            and copy.type == socket.SOCK_STREAM
+            and copy.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        )
 
 
 def _watchdog(environment: MutableMapping[str, str]) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from vswap.protocol import HEADER_BYTES, Header, Status
 from vswapd.buffers import Buffers
-from vswapd.connection import Connection
+from vswapd.connection import CROWDED_S, Connection
 from vswapd.driver import Driver, Pending
 from vswapd.peer import Peer
 from vswapd.session import Session, failure
@@ -37,7 +37,7 @@ _SEND_BUFFER: Final = 512 * 1024
 """What the kernel may hold of unread replies, per connection: one of 64 pages fits (the kernel
 counts its own overhead too), and the loop is spared a second turn for its rest."""
 _CHECKS: Final = 4
-"""Looks per request_timeout: a connection is cut off at most a quarter late."""
+"""Looks per time of patience: a connection is cut off at most a quarter late."""
 
 
 class Server:
@@ -70,6 +70,7 @@ class Server:
         self._empty = asyncio.Event()
         self._empty.set()
         self._timer: asyncio.TimerHandle | None = None
+        self._soon: asyncio.TimerHandle | None = None
         self._told_full = False
 
     @property
@@ -166,6 +167,19 @@ class Server:
         if self._connections:
             self._timer = self.loop.call_later(self.request_timeout / _CHECKS, self._check)
 
+    def crowded(self) -> None:
+        """See connection.Hub."""
+        if self._soon is None:
+            self._soon = self.loop.call_later(CROWDED_S / _CHECKS, self._check_soon)
+
+    def _check_soon(self) -> None:
+        """Look more often while somebody waits for memory."""
+        self._soon = None
+        for connection in list(self._connections):
+            connection.check(self.loop.time())
+        if self.buffers.crowded:
+            self.crowded()
+
     async def stop(self, patience: float) -> None:
         """Take no more connections, answer what is under way, tell and close the rest.
 
@@ -188,8 +202,9 @@ class Server:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._soon):
+            if timer is not None:
+                timer.cancel()
 
 
 def refuse(sock: socket.socket, connections: int) -> None:

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from vswapd import config
 from vswapd.config import RELOADABLE, Config, ConfigError, load, reloadable
+from vswapd.config_checks import MIN_DEVICE_BYTES
 from vswapd.host import Host
 from vswapd.settings import GroupLimits, Settings
+from vswapd_blockdev.header import MIN_BYTES
 
 HOST = Host(ram_bytes=8 << 30, uid=1000, uid_of={"alice": 1001, "john.doe": 1002}.get)
 
@@ -126,7 +128,7 @@ def test_groups_take_what_they_leave_out_from_default(write: Callable[[str], Pat
         ),
         (
             '[[device]]\npath = "/a"\nsize = "64K"',
-            "device[0].size: 64K is too small: write at least 1M",
+            "device[0].size: 64K is too small: write at least 1280K",
         ),
         ('[[device]]\npath = "/a"\n[[device]]\npath = "/a"', "device[1].path: /a is there twice"),
         (
@@ -184,6 +186,8 @@ def test_wrong_file_is_refused_in_one_line(
             "--set shrinker.low_watermark=99%: shrinker.low_watermark: 99% must",
         ),
         ("=5", "there is no such key"),
+        ("pool=5", "pool: is a table: name a key of it, such as pool.max"),
+        ("groups=5", "groups: is a table: name a key of it, such as groups.default.pool_max"),
     ],
 )
 def test_wrong_override_is_refused_in_one_line(override: str, message: str) -> None:
@@ -192,6 +196,11 @@ def test_wrong_override_is_refused_in_one_line(override: str, message: str) -> N
         load(None, [override])
     assert message in str(caught.value)
     assert str(caught.value).startswith("--set ")
+
+
+def test_smallest_device_is_the_device_s_own_word() -> None:
+    """What the configuration calls the smallest size is what can be put into use."""
+    assert MIN_DEVICE_BYTES == MIN_BYTES
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Clients that are slow, or mean it: what they cost is bounded, and only they pay for it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from support.daemon import RunningDaemon, running_daemon
+from support.wire import LOAD, STATUS, STORE, Wire, noise, pack
+
+BUFFERS: Final = 8 << 20
+HOSTILE: Final = 12
+
+
+@pytest.fixture
+def daemon() -> Iterator[RunningDaemon]:
+    settings = (f"server.buffer_memory={BUFFERS}", "server.max_batch=256", "pool.max=64M")
+    with running_daemon(*settings, "server.request_timeout=60s") as running:
+        yield running
+
+
+def resident(daemon: RunningDaemon) -> int:
+    """Memory of the daemon and its shards, the pool and the table aside."""
+    pids = [daemon.pid]
+    pids += map(int, Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split())
+    anonymous = 0
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                anonymous += int(line.split()[1]) * 1024
+    return anonymous
+
+
+def work(wire: Wire, rounds: int) -> None:
+    """What a client does that behaves; returns when all of it was answered rightly."""
+    for _ in range(rounds):
+        pages = noise(16)
+        slots = wire.store(pages).slots
+        assert wire.load(slots).body == pages
+        assert wire.free(slots).status == 0
+
+
+def stuffed(wire: Wire, frame: bytes) -> int:
+    """Send a frame again and again until the daemon takes no more; returns the bytes sent."""
+    wire.socket.setblocking(False)
+    sent = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            sent += wire.socket.send(frame[sent % len(frame) :])
+    return sent
+
+
+def test_clients_that_do_not_read_cost_what_they_may(daemon: RunningDaemon) -> None:
+    """Replies that nobody reads take no more memory than is set aside; others go on as before."""
+    with contextlib.ExitStack() as opened:
+        good = opened.enter_context(Wire(daemon.socket_path))
+        good.hello()
+        work(good, 5)
+        before = resident(daemon)
+        for _ in range(HOSTILE):
+            wire = opened.enter_context(Wire(daemon.socket_path))
+            wire.hello()
+            slots = wire.store(noise(64)).slots * 4
+            stuffed(wire, wire.frame(LOAD, pack(slots), count=len(slots)))
+            work(good, 5)
+        grown = resident(daemon) - before
+        assert grown < 2 * BUFFERS + HOSTILE * (1 << 20), f"{grown} bytes more"
+        work(good, 50)
+
+
+def test_half_frames_cost_what_they_may(daemon: RunningDaemon) -> None:
+    """Large requests that never come to their end take a bounded part of the memory set aside."""
+    with contextlib.ExitStack() as opened:
+        good = opened.enter_context(Wire(daemon.socket_path))
+        good.hello()
+        work(good, 5)
+        before = resident(daemon)
+        for _ in range(HOSTILE // 3):
+            wire = opened.enter_context(Wire(daemon.socket_path))
+            wire.hello()
+            frame = wire.frame(STORE, bytes(256 * 4096), count=256)
+            wire.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                wire.socket.sendall(frame[: len(frame) - 1])
+            work(good, 5)
+        grown = resident(daemon) - before
+        assert grown < 2 * BUFFERS + HOSTILE * (1 << 20), f"{grown} bytes more"
+        work(good, 50)
+
+
+def test_floods_of_tiny_requests_are_served_in_turns(daemon: RunningDaemon) -> None:
+    """A client that sends pings without end keeps nobody else from being served."""
+    with contextlib.ExitStack() as opened:
+        good = opened.enter_context(Wire(daemon.socket_path))
+        good.hello()
+        for _ in range(HOSTILE):
+            wire = opened.enter_context(Wire(daemon.socket_path))
+            wire.hello()
+            stuffed(wire, struct.pack("<IBBHIIQ", 24, 1, 2, 0, 0, 0, 1))
+        work(good, 50)
+        assert good.ask(STATUS).json["clients"] == HOSTILE + 1
+
+
+def test_who_waits_in_the_middle_of_a_request_is_cut_off() -> None:
+    """Half a frame, or replies that nobody reads: after request_timeout the connection ends."""
+    with (
+        running_daemon("server.request_timeout=500ms", "pool.max=8M") as daemon,
+        Wire(daemon.socket_path) as good,
+    ):
+        good.hello()
+        with Wire(daemon.socket_path) as half, Wire(daemon.socket_path) as deaf:
+            half.hello()
+            half.socket.sendall(half.frame(STORE, bytes(4096), count=1)[:100])
+            deaf.hello()
+            slots = deaf.store(noise(64)).slots * 4
+            stuffed(deaf, deaf.frame(LOAD, pack(slots), count=len(slots)))
+            half.socket.settimeout(60)
+            assert half.reply().status == 0x305
+            half.assert_closed()
+            while good.ask(STATUS).json["clients"] != 1:
+                pass
+        assert good.ask(STATUS).json["slots"]["allocated"] == 0
+
+
+def test_a_connection_that_says_nothing_stays(daemon: RunningDaemon) -> None:
+    """Between requests a client may be silent for as long as it likes: it costs nobody anything."""
+    with Wire(daemon.socket_path) as quiet, Wire(daemon.socket_path) as good:
+        quiet.hello()
+        good.hello()
+        work(good, 20)
+        quiet.assert_in_step()
+
+
+def test_connections_that_come_and_go_leave_nothing(daemon: RunningDaemon) -> None:
+    """Hundreds of connections, closed at once, leave neither descriptors nor memory behind."""
+    with Wire(daemon.socket_path) as good:
+        good.hello()
+        descriptors = Path(f"/proc/{daemon.pid}/fd")
+        for _ in range(100):
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.connect(str(daemon.socket_path))
+        while good.ask(STATUS).json["clients"] != 1:
+            pass
+        few, memory = len(list(descriptors.iterdir())), resident(daemon)
+        for _ in range(400):
+            with Wire(daemon.socket_path) as wire:
+                wire.hello()
+        while good.ask(STATUS).json["clients"] != 1:
+            pass
+        assert len(list(descriptors.iterdir())) <= few
+        assert resident(daemon) - memory < 4 << 20

@@ -17,7 +17,12 @@ from vswapd.host import Host
 from vswapd.settings import GroupLimits, Settings
 from vswapd_blockdev.header import MIN_BYTES
 
-HOST = Host(ram_bytes=8 << 30, uid=1000, uid_of={"alice": 1001, "john.doe": 1002}.get)
+HOST = Host(
+    ram_bytes=8 << 30,
+    uid=1000,
+    uid_of={"alice": 1001, "john.doe": 1002}.get,
+    gid_of={"staff": 50}.get,
+)
 
 
 @pytest.fixture
@@ -294,11 +299,12 @@ def test_live_keys_are_all_but_those_of_the_start() -> None:
     [
         (["pool.max=9G"], "pool.max: 9G is more than the 8.00 GiB of memory"),
         (["groups.bob.writeback=false"], "groups.bob: this host has no user of that name"),
+        (["server.socket_group=crew"], "server.socket_group: this host has no group 'crew'"),
         (["groups.alice.writeback=false", "groups.1001.writeback=true"], "uid 1001 has two tables"),
     ],
 )
 def test_what_the_host_cannot_do_is_refused(overrides: list[str], message: str) -> None:
-    """More memory than there is, unknown users and users named twice are errors."""
+    """More memory than there is, unknown users and groups, and users named twice, are errors."""
     with pytest.raises(ConfigError, match=message):
         load(None, overrides).settings(HOST)
 

@@ -51,7 +51,8 @@ class SharedRegion:
         try:
             if made:
                 os.ftruncate(self.fd, self.size)
-                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | _F_SEAL_GROW)
+                seals = fcntl.F_SEAL_SHRINK | _F_SEAL_GROW | fcntl.F_SEAL_SEAL
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
             self._map: Final = mmap.mmap(self.fd, self.size)
         except OSError:
             os.close(self.fd)

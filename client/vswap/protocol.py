@@ -24,6 +24,8 @@ from typing import Final
 VERSION: Final = 1
 PAGE_BYTES: Final = 4096
 SLOT_BYTES: Final = 8
+OFFSET_BYTES: Final = 8
+"""Where in the window pages lie: bytes from its beginning, whole pages."""
 HEADER: Final = struct.Struct("<IBBHIIQ")
 HEADER_BYTES: Final = HEADER.size  # 24: a multiple of 8, so the slots that follow it are aligned
 MAX_BATCH: Final = 4096
@@ -41,9 +43,11 @@ class Op(IntEnum):
     PING = 2
     """nothing -> nothing."""
     STORE = 3
-    """[count slots, if flagged SLOTS] count pages -> count slots. All or nothing."""
+    """[count slots, if flagged SLOTS] count pages -> count slots. All or nothing.
+    Flagged WINDOW: an offset instead of the pages."""
     LOAD = 4
-    """count slots -> count pages, in the order asked for. A slot may stand twice."""
+    """count slots -> count pages, in the order asked for. A slot may stand twice.
+    Flagged WINDOW: an offset, count slots -> nothing, the pages are in the window."""
     FREE = 5
     """count slots -> nothing."""
     STATUS = 6
@@ -58,6 +62,8 @@ class Flag(IntFlag):
     NONE = 0
     SLOTS = 1
     """STORE: the body begins with the slots to overwrite."""
+    WINDOW = 2
+    """STORE, LOAD: the pages lie in the window, from the offset on that the body begins with."""
     CONTROL = 1
     """HELLO: this connection keeps no pages; no space is opened."""
 
@@ -247,11 +253,16 @@ def request_body_bytes(op: Op, count: int, flags: int) -> int | None:
     """How long a request's body must be, or None where it is text of any length.
 
     Shapes: LOAD and FREE count*8; STORE count*4096, with SLOTS count*(8+4096); PING and STATUS 0.
+    With WINDOW: 8 more, and no pages.
     """
+    window = bool(flags & Flag.WINDOW)
     match op:
         case Op.STORE:
-            return count * (PAGE_BYTES + (SLOT_BYTES if flags & Flag.SLOTS else 0))
-        case Op.LOAD | Op.FREE:
+            slots = count * SLOT_BYTES if flags & Flag.SLOTS else 0
+            return slots + (OFFSET_BYTES if window else count * PAGE_BYTES)
+        case Op.LOAD:
+            return count * SLOT_BYTES + (OFFSET_BYTES if window else 0)
+        case Op.FREE:
             return count * SLOT_BYTES
         case Op.PING | Op.STATUS:
             return 0

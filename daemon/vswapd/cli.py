@@ -23,6 +23,12 @@ from vswapd.listener import ListenError
 
 _LOG: Final = logging.getLogger(__name__)
 SYSTEM_CONFIG: Final = "/etc/vswapd/vswapd.toml"
+_FILE: Final = {
+    "bash": "_shtab_compgen_files",
+    "zsh": "_files",
+    "fish": "(__fish_complete_path (commandline -ct))",
+}
+"""shtab.FILE, which makes the completions; the daemon does without shtab."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -34,7 +40,10 @@ def build_parser() -> argparse.ArgumentParser:
             "hand pages over through a Unix socket and get slots back; behind a slot stands a zero "
             "marker, compressed bytes in a pool, or compressed and encrypted bytes on a device."
         ),
-        epilog="See vswapctl(1) for status and steering.",
+        epilog=(
+            "Exit codes: 0, told to stop. 2, the command line is wrong. 69, the socket cannot be "
+            "had. 71, it cannot start, or go on. 78, the configuration is wrong."
+        ),
     )
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -47,10 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
         ),
     )
     _add_config(serve)
-    serve.add_argument(
-        "--socket",
-        metavar="PATH",
-        help="where to listen; short for --set server.socket=PATH",
+    _with_file(
+        serve.add_argument(
+            "--socket",
+            metavar="PATH",
+            help="where to listen; short for --set server.socket=PATH",
+        )
     )
     check = verbs.add_parser(
         "check-config",
@@ -64,13 +75,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _with_file(action: argparse.Action) -> None:
+    """Let shells complete an argument with the names of files."""
+    action.complete = _FILE  # type: ignore[attr-defined]
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--config",
-        type=Path,
-        metavar="FILE",
-        help=f"the configuration; root's default is {SYSTEM_CONFIG} if that exists, else the "
-        "built-in values hold",
+    _with_file(
+        parser.add_argument(
+            "--config",
+            type=Path,
+            metavar="FILE",
+            help=f"the configuration; root's default is {SYSTEM_CONFIG} if that exists, else the "
+            "built-in values hold",
+        )
     )
     parser.add_argument(
         "--set",

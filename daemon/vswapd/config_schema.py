@@ -250,6 +250,7 @@ class Server(Keys, frozen=True, kw_only=True):
     max_batch: Annotated[int, Meta(ge=1, le=4096)] = 4096
     max_pipeline: Annotated[int, Meta(ge=1, le=1024)] = 16
     buffer_memory: Size = Size(256 << 20)
+    window: Size = Size(4 << 20)
     request_timeout: Seconds = Seconds(30)
     shards: Shards = Shards(1)
 

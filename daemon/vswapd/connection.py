@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import struct
 from collections import deque
 from collections.abc import Coroutine
 from enum import Enum
@@ -31,7 +32,7 @@ from typing import Any, Final, Protocol
 from vswap.protocol import HEADER_BYTES, FrameError, Header, Status, parse_header
 from vswapd.buffers import Buffers
 from vswapd.driver import Driver, Pending
-from vswapd.session import Reply, Session, failure, reply_bytes
+from vswapd.session import Reply, Session, failure, work_bytes
 
 _LOG: Final = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ _TURN_BYTES: Final = 1 << 20
 """Most bytes of one frame that are received in one turn: 0.2 ms."""
 _MOST_PARTS: Final = 1024
 """IOV_MAX of sendmsg(2)."""
+_INT: Final = struct.Struct("i")
 _EMPTY: Final = memoryview(b"")
 _NOTHING: Final = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
 """What an error answers that no request caused."""
@@ -88,12 +90,13 @@ class Hub(Protocol):
 class _Outgoing:
     """A reply that is not sent yet."""
 
-    __slots__ = ("closes", "left", "parts", "taken")
+    __slots__ = ("closes", "descriptor", "left", "parts", "taken")
 
     def __init__(self, reply: Reply, taken: int) -> None:
         self.parts = reply.parts
         self.left = reply.size
         self.closes = reply.closes
+        self.descriptor = reply.descriptor
         self.taken = taken
 
 
@@ -192,7 +195,7 @@ class Connection:
     def _find_memory(self, frame: Header) -> None:
         """Take what body and reply need, or wait for it."""
         self._need = frame.body_bytes
-        amount = self._need + reply_bytes(frame)
+        amount = self._need + work_bytes(frame)
         self._state = _State.MEMORY
         if not amount or self._hub.buffers.lane(amount).take(amount, self._granted):
             self._taken = amount
@@ -315,7 +318,12 @@ class Connection:
                 first = out[0]
                 parts = first.parts
                 some = parts if len(parts) <= _MOST_PARTS else parts[:_MOST_PARTS]
-                sent = self._sock.sendmsg(some, (), socket.MSG_NOSIGNAL)
+                if first.descriptor is None:
+                    sent = self._sock.sendmsg(some, (), socket.MSG_NOSIGNAL)
+                else:
+                    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _INT.pack(first.descriptor))]
+                    sent = self._sock.sendmsg(some, rights, socket.MSG_NOSIGNAL)
+                    first.descriptor = None
                 self._moved += sent
                 self._unsent -= sent
                 first.left -= sent

@@ -27,6 +27,7 @@ import numpy as np
 
 from vswap.protocol import (
     LISTS_SLOTS,
+    OFFSET_BYTES,
     PAGE_BYTES,
     SLOT_BYTES,
     VERSION,
@@ -43,6 +44,7 @@ from vswapd.errors import ArgumentError, EngineError
 from vswapd.groups import Space
 from vswapd.peer import Peer
 from vswapd.vswap import Engine, Folio
+from vswapd.window import Window
 from vswapd_backends.base import U64
 
 _LOG: Final = logging.getLogger(__name__)
@@ -66,6 +68,8 @@ class Reply:
     size: int
     """Bytes of all parts."""
     closes: bool = False
+    descriptor: int | None = None
+    """What goes with its first byte; it stays the session's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,8 @@ class Limits:
     max_batch: int
     max_frame: int
     max_pipeline: int
+    max_window: int = 0
+    """Bytes; 0: there are no windows."""
 
 
 class Steering(Protocol):
@@ -148,7 +154,7 @@ class Rule:
 class Session:
     """See the module. `close` must be driven to its end once nothing is under way."""
 
-    __slots__ = ("_context", "_greeted", "joined", "peer", "space")
+    __slots__ = ("_context", "_greeted", "joined", "peer", "space", "window")
 
     def __init__(self, context: Context, peer: Peer) -> None:
         self._context = context
@@ -157,6 +163,7 @@ class Session:
         self.space: Space | None = None
         self.joined = False
         """Whether it serves a space that has its first connection on another shard."""
+        self.window: Window | None = None
 
     # Requests
 
@@ -202,6 +209,7 @@ class Session:
 
     def close(self) -> Task[None]:
         """Free everything that the connection's space holds."""
+        self.window = None
         space, self.space = self.space, None
         if space is not None:
             yield from self._context.engine.close_space(space)
@@ -227,6 +235,7 @@ class Session:
                 key=key,
                 joined=self.joined,
             )
+            self.window = _window(said.get("window"), limits.max_window)
         self._greeted = True
         answer = {
             "version": VERSION,
@@ -238,9 +247,13 @@ class Session:
             "shard": ledger.shard,
             "space": None if self.space is None else str(self.space.id),
             "token": token,
+            "window": 0 if self.window is None else self.window.size,
             "daemon": f"vswapd {self._context.steering.version}",
         }
-        return success(header, json.dumps(answer).encode())
+        reply = success(header, json.dumps(answer).encode())
+        if self.window is not None:
+            reply.descriptor = self.window.fd
+        return reply
         yield
 
     def _ping(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
@@ -250,11 +263,17 @@ class Session:
     def _store(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
         slots: U64 | None = None
+        pages: memoryview = body
+        if header.flags & Flag.WINDOW:
+            # A copy: the client may change the window while we look at it.
+            pages = memoryview(self._in_window(body, header.count))
+            body = body[OFFSET_BYTES:]
         if header.flags & Flag.SLOTS:
             end = header.count * SLOT_BYTES
             slots = np.frombuffer(body[:end], _SLOTS)
-            body = body[end:]
-        folio = yield from self._context.compressor.prepare(body)
+            if not header.flags & Flag.WINDOW:
+                pages = body[end:]
+        folio = yield from self._context.compressor.prepare(pages)
         stored = yield from self._context.engine.store(self.space, folio, slots)
         packed = stored.slots.tobytes()
         head = pack_header(
@@ -269,11 +288,29 @@ class Session:
 
     def _load(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
+        window = None
+        offset = 0
+        if header.flags & Flag.WINDOW:
+            window, offset = self._window_and_offset(body)
+            window.check(offset, header.count)
+            body = body[OFFSET_BYTES:]
         slots = np.frombuffer(body, _SLOTS)
         pages = yield from self._context.engine.load(self.space, slots)
+        if window is not None:
+            window.put(offset, pages)
+            return success(header, count=len(pages))
         size = len(pages) * PAGE_BYTES
         head = pack_header(Op.LOAD, size, count=len(pages), request_id=header.request_id)
         return Reply([head, *pages], len(head) + size)
+
+    def _window_and_offset(self, body: memoryview) -> tuple[Window, int]:
+        if self.window is None:
+            raise ArgumentError("this connection has no window: ask for one in HELLO")
+        return self.window, int.from_bytes(body[:OFFSET_BYTES], "little")
+
+    def _in_window(self, body: memoryview, count: int) -> bytes:
+        window, offset = self._window_and_offset(body)
+        return window.take(offset, count)
 
     def _free(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
@@ -294,8 +331,8 @@ class Session:
             for rule in (
                 Rule(Op.HELLO, _hello, flags=Flag.CONTROL),
                 Rule(Op.PING, _ping),
-                Rule(Op.STORE, _store, flags=Flag.SLOTS, pages=True),
-                Rule(Op.LOAD, _load, pages=True),
+                Rule(Op.STORE, _store, flags=Flag.SLOTS | Flag.WINDOW, pages=True),
+                Rule(Op.LOAD, _load, flags=Flag.WINDOW, pages=True),
                 Rule(Op.FREE, _free, pages=True),
                 Rule(Op.STATUS, _status),
                 Rule(Op.CONTROL, _control),
@@ -304,9 +341,10 @@ class Session:
     )
 
 
-def reply_bytes(header: Header) -> int:
-    """Memory that the reply will take, as far as it is worth accounting."""
-    return header.count * PAGE_BYTES if header.op == Op.LOAD else 0
+def work_bytes(header: Header) -> int:
+    """Memory that a request takes besides its body, as far as it is worth accounting."""
+    pages = header.op == Op.LOAD or (header.op == Op.STORE and header.flags & Flag.WINDOW)
+    return header.count * PAGE_BYTES if pages else 0
 
 
 def success(header: Header, body: bytes = b"", *, count: int = 0) -> Reply:
@@ -353,6 +391,26 @@ def _object(body: memoryview) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ArgumentError("the body is no JSON object")
     return found
+
+
+def _window(wish: object, most: int) -> Window | None:
+    """A window as large as is wished for and may be; None: none is wished for, or to be had.
+
+    Raises:
+        ArgumentError: the wish makes no sense.
+    """
+    if wish is None:
+        return None
+    if not isinstance(wish, int) or isinstance(wish, bool) or wish < 0:
+        raise ArgumentError(f"window: {wish!r}: write bytes")
+    size = min(-(-wish // PAGE_BYTES) * PAGE_BYTES, most)
+    if not size:
+        return None
+    try:
+        return Window(size)
+    except OSError as error:
+        _LOG.warning("a client gets no window: %s", error.strerror)
+        return None
 
 
 def _token(said: object) -> str | None:

@@ -113,6 +113,7 @@ class Shard:
             max_frame=HEADER_BYTES
             + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
             max_pipeline=keys.max_pipeline,
+            max_window=int(keys.window),
         )
         context = Context(
             engine=self.engine,

@@ -202,7 +202,9 @@ def test_a_batch_of_too_many_is_refused(daemon: RunningDaemon, op: int) -> None:
         wire.assert_in_step()
 
 
-@pytest.mark.parametrize(("op", "flags"), [(STORE, 2), (STORE, 1 << 31), (LOAD, 1), (PING, 1)])
+@pytest.mark.parametrize(
+    ("op", "flags"), [(STORE, 4), (STORE, 1 << 31), (LOAD, 1), (FREE, 2), (PING, 1)]
+)
 def test_unknown_flags_are_refused(wire: Wire, op: int, flags: int) -> None:
     """BAD_ARGUMENT: a flag that the page does not have."""
     body = bytes(4096) if op == STORE else bytes(8) if op == LOAD else b""

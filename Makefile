@@ -139,6 +139,8 @@ INSTALLED = $(addprefix $(PREFIX)/, \
 		share/zsh/site-functions/_$(command) \
 		share/fish/vendor_completions.d/$(command).fish))
 TO = $(DESTDIR)$(PREFIX)
+# What the units say of places, for where they are really installed.
+PLACED = s|/usr/local/bin/|$(PREFIX)/bin/|; s|/etc/vswapd|$(SYSCONFDIR)/vswapd|
 
 # The running service is replaced as a whole: the new tree is complete before the old one goes.
 .PHONY: install
@@ -162,13 +164,18 @@ install: stage ## install below PREFIX (/usr/local), staged below DESTDIR if giv
 	install -D -m 644 $(STAGE)/man/vswapd.8 '$(TO)/share/man/man8/vswapd.8'
 	install -D -m 644 $(STAGE)/man/vswapctl.1 '$(TO)/share/man/man1/vswapctl.1'
 	install -d '$(TO)/lib/systemd/system'
-	sed 's|/usr/local/bin/|$(PREFIX)/bin/|; s|/etc/vswapd/|$(SYSCONFDIR)/vswapd/|' systemd/vswapd.service > build/bin/vswapd.service
+	sed '$(PLACED)' systemd/vswapd.service > build/bin/vswapd.service
 	install -m 644 build/bin/vswapd.service '$(TO)/lib/systemd/system/vswapd.service'
 	install -m 644 systemd/vswapd.socket '$(TO)/lib/systemd/system/vswapd.socket'
 	install -D -m 644 systemd/vswapd.sysusers.conf '$(TO)/lib/sysusers.d/vswapd.conf'
-	install -D -m 644 systemd/vswapd.tmpfiles.conf '$(TO)/lib/tmpfiles.d/vswapd.conf'
+	sed '$(PLACED)' systemd/vswapd.tmpfiles.conf > build/bin/vswapd.tmpfiles.conf
+	install -D -m 644 build/bin/vswapd.tmpfiles.conf '$(TO)/lib/tmpfiles.d/vswapd.conf'
 	test -e '$(DESTDIR)$(SYSCONFDIR)/vswapd/vswapd.toml' || \
 		install -D -m 644 systemd/vswapd.toml '$(DESTDIR)$(SYSCONFDIR)/vswapd/vswapd.toml'
+	@case "$$(readlink -f $(STAGE)/venv/bin/python)" in /home/* | /root/*) \
+		echo 'The service cannot run this: its interpreter lies below a home directory, which the' \
+			'unit hides. Give make stage and make install PYTHON=/usr/bin/python3.' >&2 ;; \
+	esac
 
 .PHONY: uninstall
 uninstall: ## remove what install put in place; configuration and devices stay

@@ -35,17 +35,21 @@ EXPECTED = (
 )
 
 
-def _make(sources: Path, target: str, destination: Path) -> None:
+def _make(sources: Path, target: str, destination: Path) -> str:
+    """Run make; returns what it complained of."""
     # What is installed must not lean on the clone's .venv, so its base interpreter is used.
     python = Path(sys.base_prefix) / "bin" / "python3"
     variables = [f"DESTDIR={destination}", f"PREFIX={PREFIX}", f"PYTHON={python}"]
-    subprocess.run(
+    result = subprocess.run(
         ["make", "--no-print-directory", target, *variables],
         cwd=sources,
         env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
-        check=True,
-        stdout=subprocess.DEVNULL,
+        check=False,
+        capture_output=True,
+        text=True,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +147,43 @@ def test_the_pages_describe_each_command(staged: Path) -> None:
     for verb in ("status", "set", "swapon", "swapoff", "writeback", "compact", "verify", "spaces"):
         assert verb in tool
     assert "SIGHUP" in daemon
+    assert all(f"{code}," in daemon for code in (0, 2, 69, 71, 78))
     assert "VSWAP_SOCKET" in tool
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("vswapd ser", "serve"),
+        ("vswapd serve --con", "--config"),
+        ("vswapd serve --config /dev/nul", "/dev/null"),
+        ("vswapctl writeb", "writeback"),
+        ("vswapctl swapon /dev/nul", "/dev/null"),
+    ],
+)
+def test_bash_completes_installed_commands(staged: Path, words: str, expected: str) -> None:
+    """Bash, with the installed completions, completes verbs, options and names of files."""
+    command, *_ = words.split()
+    completions = staged / PREFIX.lstrip("/") / "share/bash-completion/completions" / command
+    drive = f"""
+source {completions}
+COMP_WORDS=({words})
+COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
+compopt() {{ :; }}
+_shtab_{command}
+echo "${{COMPREPLY[*]}}"
+"""
+    result = subprocess.run(
+        ["bash", "--norc", "-s"], input=drive, text=True, capture_output=True, check=True
+    )
+    assert result.stdout == f"{expected}\n"
+
+
+def test_an_interpreter_that_the_service_cannot_run(sources: Path, tmp_path: Path) -> None:
+    """Installing with a Python from a home directory says so, as the unit hides those."""
+    python = (sources / "build/stage/venv/bin/python").resolve()
+    hidden = str(python).startswith(("/home/", "/root/"))
+    assert ("PYTHON=/usr/bin/python3" in _make(sources, "install", tmp_path)) == hidden
 
 
 def test_an_existing_configuration_is_kept(sources: Path, tmp_path: Path) -> None:

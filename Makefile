@@ -15,7 +15,7 @@ MAKEFLAGS += --no-builtin-rules
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 # -- development ----------------------------------------------------------------------------------
 
@@ -53,6 +53,10 @@ check: $(VENV)/stamp ## formatting, lint and types
 .PHONY: bench
 bench: $(VENV)/stamp ## run the benchmarks, each beside its target
 	$(BIN)/python -m bench
+
+.PHONY: bench-peers
+bench-peers: $(VENV)/stamp ## compare with zram, Redis, memcached and LMDB (zram needs root)
+	$(BIN)/python -m bench.peers
 
 .PHONY: clean
 clean: ## remove .venv and everything that was built

@@ -44,7 +44,17 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("server", "steering", "listener", "watchdog"),
     ("connection",),
     ("session",),
-    ("driver", "shrinker_thread", "status", "buffers", "arguments", "channel", "messages", "merge"),
+    (
+        "driver",
+        "shrinker_thread",
+        "status",
+        "buffers",
+        "arguments",
+        "channel",
+        "messages",
+        "merge",
+        "acceptor",
+    ),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These
 # may use what the engine says of itself and each other, and nothing of the engine may use them.

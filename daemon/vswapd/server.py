@@ -12,13 +12,13 @@ This module must not know what requests mean, or how bytes become requests.
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from vswap.protocol import HEADER_BYTES, Header, Status
+from vswapd.acceptor import Acceptor
 from vswapd.buffers import Buffers
 from vswapd.connection import CROWDED_S, Connection
 from vswapd.driver import Driver, Pending
@@ -27,12 +27,6 @@ from vswapd.session import Session, failure
 
 _LOG: Final = logging.getLogger(__name__)
 
-_ACCEPTS: Final = 16
-"""Connections that are accepted per turn."""
-_NO_MORE: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_PAUSE_S: Final = 1.0
-"""Seconds without accepting when the system has no more descriptors: trying again at once would be
-all that the loop did."""
 _SEND_BUFFER: Final = 512 * 1024
 """What the kernel may hold of unread replies, per connection: one of 64 pages fits (the kernel
 counts its own overhead too), and the loop is spared a second turn for its rest."""
@@ -65,7 +59,7 @@ class Server:
         self._on_parted = on_parted
         self._max_connections: Final = max_connections
         self._connections: set[Connection] = set()
-        self._listeners: list[socket.socket] = []
+        self._acceptors: list[Acceptor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
@@ -82,28 +76,7 @@ class Server:
 
     def listen(self, listener: socket.socket) -> None:
         """Serve the connections of a listening Unix socket. It is closed by `stop`."""
-        listener.setblocking(False)
-        self._listeners.append(listener)
-        self.loop.add_reader(listener, self._accept, listener)
-
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                sock, _ = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            except OSError as error:
-                if error.errno not in _NO_MORE:
-                    raise
-                _LOG.error("no connection can be accepted for now: %s", error.strerror)
-                self.loop.remove_reader(listener)
-                self.loop.call_later(_PAUSE_S, self._accept_again, listener)
-                return
-            self.welcome(sock)
-
-    def _accept_again(self, listener: socket.socket) -> None:
-        if not self.stopping:
-            self.loop.add_reader(listener, self._accept, listener)
+        self._acceptors.append(Acceptor(listener, self.welcome))
 
     def welcome(self, sock: socket.socket) -> None:
         """Serve a connection that was accepted, here or elsewhere."""
@@ -187,9 +160,8 @@ class Server:
             patience: seconds after which what is still under way is given up.
         """
         self.stopping = True
-        for listener in self._listeners:
-            self.loop.remove_reader(listener)
-            listener.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         for connection in list(self._connections):
             connection.stop()
         try:

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
 from vswapd import shard_process, status
+from vswapd.acceptor import Acceptor
 from vswapd.arguments import Arguments
 from vswapd.channel import Channel, ChannelClosedError
 from vswapd.config import Config, ConfigError, load
@@ -61,8 +62,6 @@ from vswapd_backends.shared_extents import owners_region
 from vswapd_blockdev.device import OpenError
 
 _LOG: Final = logging.getLogger(__name__)
-_ACCEPTS: Final = 16
-"""Connections that are accepted per turn."""
 _HELLO_S: Final = 1.0
 """How long the first request of a connection is waited for before it is handed over without."""
 _MOST_HELLO: Final = 4096
@@ -278,28 +277,19 @@ class Supervisor:
     def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
         """See front.Body."""
         for listener in listeners:
-            listener.setblocking(False)
-            self._loop.add_reader(listener, self._accept, listener)
-            made.callback(self._deaf, listener)
+            made.callback(Acceptor(listener, self._greet).close)
+        made.callback(self._give_up_waiting)
 
-    def _deaf(self, listener: socket.socket) -> None:
-        self._loop.remove_reader(listener)
-        listener.close()
+    def _give_up_waiting(self) -> None:
         for task in self._waiting:
             task.cancel()
 
-    def _accept(self, listener: socket.socket) -> None:
-        for _ in range(_ACCEPTS):
-            try:
-                sock, _ = listener.accept()
-            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                return
-            sock.setblocking(False)
-            hello = _peek(sock)
-            if hello is None:
-                self._later(self._wait_for_hello(sock))
-            else:
-                self._hand_over(sock, hello)
+    def _greet(self, sock: socket.socket) -> None:
+        hello = _peek(sock)
+        if hello is None:
+            self._later(self._wait_for_hello(sock))
+        else:
+            self._hand_over(sock, hello)
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)

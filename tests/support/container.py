@@ -4,6 +4,7 @@ Invariants:
 - Booted means what its systemd says: READY on nspawn's notification socket. Nothing polls.
 - A run gets a copy of the tree. The tree that is kept (in build/, as it takes a minute to
   make) is never booted.
+- One at a time, on one machine: nspawn puts them all into the same control group.
 - Leaving the block powers it off and removes the copy and its control groups. Should this process
   be killed, the kernel ends the container.
 
@@ -13,6 +14,7 @@ This module must not know what is tested in the container.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import shutil
@@ -31,6 +33,7 @@ BOOT_DEADLINE_S = 120.0
 COMMAND_DEADLINE_S = 300.0
 """No command inside takes longer than a minute, installing everything included."""
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")
+LOCK = Path("/run/lock/vswapd-system-tests")
 COMMANDS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -135,7 +138,11 @@ def _checked(command: Sequence[str], script: str | None = None) -> subprocess.Co
 def booted_container() -> Iterator[Container]:
     """Boot a fresh copy of the tree until the block ends."""
     original = tree()
-    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="vswapd-machine-") as name:
+    with (
+        LOCK.open("w") as alone,
+        tempfile.TemporaryDirectory(dir="/var/tmp", prefix="vswapd-machine-") as name,
+    ):
+        fcntl.flock(alone, fcntl.LOCK_EX)
         root = Path(name) / "root"
         _checked(["cp", "-a", "--reflink=auto", str(original), str(root)])
         (root / "etc" / "machine-id").unlink(missing_ok=True)

@@ -27,9 +27,10 @@ from bench.peers.contract import MissingError, PeerFailedError
 _PATIENCE_S: Final = 30.0
 _POLL_S: Final = 0.005
 _PSS: Final = re.compile(r"^Pss: +(\d+) kB", re.MULTILINE)
-_GROUP: Final = 2
+_STATE, _GROUP = 0, 2
 _TIMES: Final = slice(11, 13)
-"""Places in `_stat`: process group, time as user and in the system. See proc(5)."""
+"""Places in `_stat`: state, process group, time as user and in the system. See proc(5)."""
+_ENDED: Final = frozenset("ZX")
 
 
 class Server:
@@ -71,11 +72,12 @@ class Server:
         raise PeerFailedError(f"{self._process.args!r} did not start:\n{log}")
 
     def _family(self) -> list[Path]:
-        """The directories in /proc of all processes of its group."""
+        """The directories in /proc of all processes of its group that are alive."""
         found = []
         for directory in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if _stat(directory)[_GROUP] == str(self._process.pid):
+                stat = _stat(directory)
+                if stat[_GROUP] == str(self._process.pid) and stat[_STATE] not in _ENDED:
                     found.append(directory)
         return found
 
@@ -99,6 +101,10 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+        # Those that it had started are nobody's children now: their end can only be looked for.
+        give_up = time.monotonic() + _PATIENCE_S
+        while self._family() and time.monotonic() < give_up:
+            time.sleep(_POLL_S)
 
 
 def _stat(directory: Path) -> list[str]:

@@ -30,8 +30,9 @@ This module does no I/O and must not know where segments live or which entries a
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Final
 
 import numpy as np
@@ -43,6 +44,7 @@ HEADER: Final = struct.Struct("<4sHH16sQQIIIIQ")
 HEADER_BYTES: Final = HEADER.size  # 64
 _CHECKED_BYTES: Final = HEADER_BYTES - 8
 CHECK_BYTES: Final = 8
+_CHECK_OF: Final[Callable[[bytes], bytes]] = itemgetter(slice(CHECK_BYTES))
 DIRECTORY_ENTRY_BYTES: Final = 8
 ENTRY_OVERHEAD: Final = CHECK_BYTES + DIRECTORY_ENTRY_BYTES
 CAPACITY: Final = SEGMENT_BYTES - HEADER_BYTES
@@ -156,7 +158,7 @@ def payload_of(entries: Sequence[bytes | memoryview]) -> bytes:
     """The payload that n entries make: each one's check, then its compressed bytes."""
     parts: list[bytes | memoryview] = [b""] * (2 * len(entries))
     # Slicing the digests costs less than gathering them into an array and scattering that.
-    parts[0::2] = [digest[:CHECK_BYTES] for digest in map(mmh3_x64_128_digest, entries)]
+    parts[0::2] = list(map(_CHECK_OF, map(mmh3_x64_128_digest, entries)))
     parts[1::2] = entries
     return b"".join(parts)
 

@@ -234,13 +234,16 @@ class Engine:
                 return Folio(count, zero, None)
         pool = self.core.zswap.current
         entries = pool.codec.compress(map(view.__getitem__, spans))
-        lengths = np.fromiter(map(len, entries), np.int64, len(entries))
-        if lengths.max() >= PAGE_BYTES:
-            raw = np.flatnonzero(lengths >= PAGE_BYTES)
-            for index in raw.tolist():
-                entries[index] = bytes(view[spans[index]])
-            lengths[raw] = PAGE_BYTES
-        compressed = Compressed(pool.index, payload_of(entries), lengths, int(lengths.sum()))
+        # Lists: of 64 numbers numpy takes the maximum and the sum no faster than they are made.
+        lengths = list(map(len, entries))
+        if max(lengths) >= PAGE_BYTES:
+            for index, length in enumerate(lengths):
+                if length >= PAGE_BYTES:
+                    entries[index] = bytes(view[spans[index]])
+                    lengths[index] = PAGE_BYTES
+        compressed = Compressed(
+            pool.index, payload_of(entries), np.array(lengths, np.int64), sum(lengths)
+        )
         return Folio(count, zero, compressed)
 
     def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:

@@ -55,7 +55,7 @@ class Pool:
     live_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Compressed:
     """n pages in compressed form, on their way into a log or onto a device."""
 

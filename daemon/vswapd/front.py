@@ -124,6 +124,7 @@ class Front:
         self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
+        self._serving = False
         self._failure: str | None = None
         self._reloads: set[asyncio.Task[None]] = set()
         self._metrics: Any = None
@@ -140,15 +141,17 @@ class Front:
         """
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._stopping.set)
+        # From here to the end: what the signal would do by default is an end without order.
+        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
         async with contextlib.AsyncExitStack() as made:
             await self._start(made)
             if self._stopping.is_set():
                 return
-            self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            self._serving = True
             self._manager.tell(READY="1", STATUS=await self._headline())
             _LOG.info("vswapd %s serves %s", __version__, self._sockets.where)
             await self._stopping.wait()
-            self._loop.remove_signal_handler(signal.SIGHUP)
+            self._serving = False
             if self._failure is None:
                 _LOG.info("stopping: requests under way are finished first")
             self._manager.tell(STOPPING="1", STATUS="Stopping")
@@ -234,6 +237,9 @@ class Front:
     # SIGHUP
 
     def _hang_up(self) -> None:
+        if not self._serving:
+            _LOG.warning("SIGHUP: no reload while starting or stopping")
+            return
         task = self._loop.create_task(self._reload())
         self._reloads.add(task)
         task.add_done_callback(self._reloads.discard)

@@ -30,7 +30,9 @@ from vswap.protocol import (
     OFFSET_BYTES,
     PAGE_BYTES,
     SLOT_BYTES,
+    SLOTS_BIT,
     VERSION,
+    WINDOW_BIT,
     Flag,
     Header,
     Op,
@@ -175,7 +177,7 @@ class Session:
             return failure(header, Status.HELLO_FIRST, text)
         if rule is None:
             return failure(header, Status.UNKNOWN_OP, f"there is no operation {header.op}")
-        if header.status or header.flags & ~int(rule.flags):
+        if header.status or header.flags & ~rule.flags:
             text = f"flags {header.flags:#x}, status {header.status:#x}: not known in a request"
             return failure(header, Status.BAD_ARGUMENT, text)
         if rule.pages:
@@ -264,14 +266,14 @@ class Session:
         assert self.space is not None
         slots: U64 | None = None
         pages: memoryview = body
-        if header.flags & Flag.WINDOW:
+        if header.flags & WINDOW_BIT:
             # A copy: the client may change the window while we look at it.
             pages = memoryview(self._in_window(body, header.count))
             body = body[OFFSET_BYTES:]
-        if header.flags & Flag.SLOTS:
+        if header.flags & SLOTS_BIT:
             end = header.count * SLOT_BYTES
             slots = np.frombuffer(body[:end], _SLOTS)
-            if not header.flags & Flag.WINDOW:
+            if not header.flags & WINDOW_BIT:
                 pages = body[end:]
         folio = yield from self._context.compressor.prepare(pages)
         stored = yield from self._context.engine.store(self.space, folio, slots)
@@ -290,7 +292,7 @@ class Session:
         assert self.space is not None
         window = None
         offset = 0
-        if header.flags & Flag.WINDOW:
+        if header.flags & WINDOW_BIT:
             window, offset = self._window_and_offset(body)
             window.check(offset, header.count)
             body = body[OFFSET_BYTES:]
@@ -329,10 +331,10 @@ class Session:
         {
             int(rule.op): rule
             for rule in (
-                Rule(Op.HELLO, _hello, flags=Flag.CONTROL),
+                Rule(Op.HELLO, _hello, flags=int(Flag.CONTROL)),
                 Rule(Op.PING, _ping),
-                Rule(Op.STORE, _store, flags=Flag.SLOTS | Flag.WINDOW, pages=True),
-                Rule(Op.LOAD, _load, flags=Flag.WINDOW, pages=True),
+                Rule(Op.STORE, _store, flags=SLOTS_BIT | WINDOW_BIT, pages=True),
+                Rule(Op.LOAD, _load, flags=WINDOW_BIT, pages=True),
                 Rule(Op.FREE, _free, pages=True),
                 Rule(Op.STATUS, _status),
                 Rule(Op.CONTROL, _control),
@@ -343,7 +345,7 @@ class Session:
 
 def work_bytes(header: Header) -> int:
     """Memory that a request takes besides its body, as far as it is worth accounting."""
-    pages = header.op == Op.LOAD or (header.op == Op.STORE and header.flags & Flag.WINDOW)
+    pages = header.op == Op.LOAD or (header.op == Op.STORE and header.flags & WINDOW_BIT)
     return header.count * PAGE_BYTES if pages else 0
 
 

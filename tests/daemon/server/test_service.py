@@ -141,6 +141,26 @@ def test_sigterm_finishes_what_is_under_way(shards: int) -> None:
         assert not daemon.socket_path.exists()
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_sighup_while_stopping(shards: int) -> None:
+    """SIGHUP that comes too late for a reload does not end the daemon any sooner."""
+    with (
+        running_daemon("pool.max=64M", f"server.shards={shards}") as daemon,
+        Wire(daemon.socket_path) as busy,
+    ):
+        busy.hello()
+        frame = busy.frame(STORE, noise(4), count=4)
+        busy.socket.sendall(frame[:-1])
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.await_notification("STOPPING=1")
+        daemon.process.send_signal(signal.SIGHUP)
+        busy.socket.sendall(frame[-1:])
+        assert busy.reply().status in {0, STOPPING}
+        daemon.await_exit(expected=0)
+        assert not daemon.socket_path.exists()
+        assert "RELOADING=1" not in daemon.notified
+
+
 def test_sockets_that_are_passed_are_served(tmp_path: Path) -> None:
     """LISTEN_FDS: the daemon serves the socket that it was given, and leaves it where it is."""
     path = tmp_path / "s"

@@ -404,7 +404,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="how much memory to capture (default: 384M); about twice that is needed for a moment",
     )
     parser.add_argument(
-        "--pool", type=_size, default=48 * MIB, metavar="SIZE", help="pool.max (default: 48M)"
+        "--pool",
+        type=_size,
+        default=48 * MIB,
+        metavar="SIZE",
+        help="pool.max (default: 48M), at most a sixth of --size",
     )
     return parser
 

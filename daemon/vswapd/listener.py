@@ -53,10 +53,7 @@ class Listener:
         """
         if len(os.fsencode(path)) > _LONGEST_PATH:
             raise ListenError(f"{path}: a socket's path has at most {_LONGEST_PATH} bytes")
-        try:
-            gid = grp.getgrnam(group).gr_gid if group else -1
-        except KeyError:
-            raise ListenError(f"server.socket_group: there is no group {group!r}") from None
+        gid = _gid(group) if group else -1
         _make_directory(Path(path).parent)
         lock_fd = _lock(path)
         try:
@@ -70,6 +67,19 @@ class Listener:
         self.socket.close()
         Path(self.path).unlink(missing_ok=True)
         _unlock(self.path, self._lock_fd)
+
+
+def _gid(group: str) -> int:
+    """The group's id, if the socket can be given to it."""
+    try:
+        gid = grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ListenError(f"server.socket_group: there is no group {group!r}") from None
+    if os.geteuid() != 0 and gid not in {os.getegid(), *os.getgroups()}:
+        raise ListenError(
+            f"server.socket_group: only root and members of {group!r} can give it a socket"
+        )
+    return gid
 
 
 def _make_directory(directory: Path) -> None:

@@ -16,14 +16,14 @@ _NOBODY = 65534
 
 
 @pytest.fixture
-def as_nobody() -> Iterator[None]:
-    """This process as somebody who may not do everything."""
+def as_nobody(tmp_path: Path) -> Iterator[Path]:
+    """This process as somebody who may not do everything; a folder."""
     if os.geteuid() != 0:
-        yield
+        yield tmp_path
         return
     os.seteuid(_NOBODY)
     try:
-        yield
+        yield tmp_path
     finally:
         os.seteuid(0)
 
@@ -46,12 +46,11 @@ def test_mode_and_group(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("as_nobody")
-def test_a_group_of_others(tmp_path: Path) -> None:
+def test_a_group_of_others(as_nobody: Path) -> None:
     """Who is neither root nor in the group is told so, before anything is made."""
     group = _other_group()
     with pytest.raises(ListenError, match=f"only root and members of '{group}'"):
-        Listener.open(str(tmp_path / "sock"), mode=0o660, group=group)
+        Listener.open(str(as_nobody / "sock"), mode=0o660, group=group)
 
 
 def test_no_such_group(tmp_path: Path) -> None:

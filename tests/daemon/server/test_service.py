@@ -145,16 +145,19 @@ def test_sigterm_finishes_what_is_under_way(shards: int) -> None:
 def test_sighup_while_stopping(shards: int) -> None:
     """SIGHUP that comes too late for a reload does not end the daemon any sooner."""
     with (
-        running_daemon("pool.max=64M", f"server.shards={shards}") as daemon,
+        running_daemon("pool.max=64M", f"server.shards={shards}", "pool.codec=zstd:19") as daemon,
         Wire(daemon.socket_path) as busy,
+        Wire(daemon.socket_path) as idle,
     ):
         busy.hello()
-        frame = busy.frame(STORE, noise(4), count=4)
-        busy.socket.sendall(frame[:-1])
+        idle.hello()
+        busy.socket.sendall(busy.frame(STORE, noise(2048), count=2048))
+        # It is under way, and takes a while: that is how long the daemon is stopping.
+        while idle.ask(STATUS).json["clients"] != 2:
+            pass
         daemon.process.send_signal(signal.SIGTERM)
         daemon.await_notification("STOPPING=1")
         daemon.process.send_signal(signal.SIGHUP)
-        busy.socket.sendall(frame[-1:])
         assert busy.reply().status in {0, STOPPING}
         daemon.await_exit(expected=0)
         assert not daemon.socket_path.exists()

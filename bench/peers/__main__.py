@@ -7,16 +7,14 @@ there failed, or gave other bytes back than were stored.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bench.peers import chart, figures, machine, measure, results
+from bench.peers import chart, figures, interrupts, machine, measure, results
 from bench.peers.contract import BATCH, PeerFailedError
 from bench.peers.registry import NAMES
 from bench.peers.results import Run
@@ -129,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     amount = measure.SHORT if options.short else measure.FULL
     print(corpora.describe(), flush=True)
     try:
-        with _terminated_as_interrupted():
+        with interrupts.interruptible():
             found = run(names, numbers, amount)
     except PeerFailedError as error:
         print(f"bench.peers: {error}", file=sys.stderr)
@@ -145,16 +143,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.svg and found.measured:
         Path(options.svg).write_text(chart.chart(found))
     return 0
-
-
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM cleans up as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ This module must not know any one peer.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from collections import defaultdict
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from bench.peers import interrupts
 from bench.peers.contract import BATCH, PAGE_BYTES, Held, MissingError, Peer, Plan
 from bench.peers.crew import Crew, Pass
 from bench.peers.lz4_codec import shrunk
@@ -110,18 +112,22 @@ def measure(
     Raises:
         PeerFailedError: one of them did not do what it should, or gave other bytes back.
     """
-    with contextlib.ExitStack() as stack:
-        plan = _plan(stack, amount, clients, cores)
+    stack = contextlib.ExitStack()
+    try:
+        with interrupts.held():
+            plan = _plan(stack, amount, clients, cores)
         file = plan.memory / "pages"
         pages.tofile(file)
-        started = {}
+        started = []
         for name in names:
-            peer = _started(stack, name, plan, missing)
+            with interrupts.held():
+                peer = _started(stack, name, plan, missing)
             if peer is not None:
-                started[name] = peer
-        crew = stack.enter_context(Crew(file, clients))
+                started.append(peer)
+        with interrupts.held():
+            crew = stack.enter_context(Crew(file, clients))
         codec_bytes = sum(len(shrunk(page.data)) for page in pages) * clients
-        standing = [_warmed(peer, crew, plan, codec_bytes) for peer in started.values()]
+        standing = [_warmed(peer, crew, plan, codec_bytes) for peer in started]
         for turn in range(amount.rounds):
             at = turn % max(1, len(standing))
             for one in standing[at:] + standing[:at]:
@@ -129,16 +135,20 @@ def measure(
         for one in standing:
             crew.disconnect(type(one.peer).name)
         return [one.measured(clients) for one in standing]
+    finally:
+        with interrupts.held():
+            stack.close()
 
 
 def _plan(stack: contextlib.ExitStack, amount: Amount, clients: int, cores: int) -> Plan:
     wanted = 4 * amount.pages * PAGE_BYTES * (clients + 1)
-    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="vswapd-peers-"))
+    prefix = f"vswapd-peers-{os.getpid()}-"
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
     memory = directory
     with contextlib.suppress(FileNotFoundError):
         if shutil.disk_usage(_SHARED_MEMORY).free > wanted:
             memory = stack.enter_context(
-                tempfile.TemporaryDirectory(prefix="vswapd-peers-", dir=_SHARED_MEMORY)
+                tempfile.TemporaryDirectory(prefix=prefix, dir=_SHARED_MEMORY)
             )
     return Plan(
         clients=clients,

@@ -6,13 +6,16 @@ programs are installed, so nothing but what needs root or the kernel may be miss
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
@@ -21,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench.peers import chart, figures, measure, results
+from bench.peers import chart, figures, interrupts, measure, results
 from bench.peers.__main__ import build_parser, numbers_of_clients
 from bench.peers.contract import (
     BATCH,
@@ -30,6 +33,7 @@ from bench.peers.contract import (
     Buffer,
     MissingError,
     PeerFailedError,
+    Plan,
 )
 from bench.peers.crew import Crew
 from bench.peers.lz4_codec import grown, shrunk
@@ -318,11 +322,11 @@ class Kept:
 
 
 def two_sets() -> tuple[list[Batch], list[Batch]]:
-    """The same numbers with two kinds of pages."""
-    return (
-        batches_of(memoryview(bytearray(some_pages(2 * BATCH, 1).tobytes()))),
-        batches_of(memoryview(bytearray(some_pages(2 * BATCH, 2).tobytes()))),
-    )
+    """The same numbers with two kinds of pages, in aligned memory as a worker has them."""
+    first, second = (memoryview(mmap.mmap(-1, 2 * BATCH * PAGE_BYTES)) for _ in range(2))
+    first[:] = some_pages(2 * BATCH, 1).tobytes()
+    second[:] = some_pages(2 * BATCH, 2).tobytes()
+    return batches_of(first), batches_of(second)
 
 
 def test_a_client_that_keeps_pages_passes() -> None:
@@ -395,6 +399,29 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
         Server(command, tmp_path / "some.sock")
 
 
+def test_a_zram_device_goes_with_its_peer(tmp_path: Path) -> None:
+    """The device that was added for a run is removed again; who may add none says so."""
+    kind = peer_class("zram")
+    peer = kind()
+    plan = Plan(clients=1, pages=2 * BATCH, directory=tmp_path, memory=tmp_path, cores=1)
+    address = ""
+    with contextlib.ExitStack() as stack:
+        stack.callback(peer.stop)
+        try:
+            peer.start(plan)
+        except MissingError as error:
+            reason = str(error)
+        else:
+            reason = ""
+            address = peer.address(0)
+            client = kind.connect(address, 0, 2 * BATCH)
+            stack.callback(client.close)
+            check(client, *two_sets())
+    assert bool(address) != ("zram" in reason)
+    assert not address or not Path(address.rpartition(":")[0]).exists()
+    peer.stop()
+
+
 def test_an_error_of_a_client_ends_the_run(tmp_path: Path) -> None:
     """A client that cannot do what it is told is an error with its traceback; the crew ends."""
     (tmp_path / "pages").write_bytes(some_pages().tobytes())
@@ -418,8 +445,31 @@ def run_peers(*arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def zram_devices() -> set[str]:
-    return {path.name for path in Path("/sys/block").glob("zram*")}
+def left_by(process: subprocess.Popen[str]) -> list[Path]:
+    places = (Path(tempfile.gettempdir()), Path("/dev/shm"))
+    return [path for place in places for path in place.glob(f"vswapd-peers-{process.pid}-*")]
+
+
+def test_an_interrupt_waits_for_what_is_being_made() -> None:
+    """Inside of a held block nothing is interrupted, and behind it that is made up for, once."""
+    reached = []
+
+    def make_something() -> None:
+        with interrupts.held():
+            with interrupts.held():
+                os.kill(os.getpid(), signal.SIGTERM)
+                reached.append("inner")
+            os.kill(os.getpid(), signal.SIGINT)
+            reached.append("outer")
+
+    with interrupts.interruptible():
+        with pytest.raises(KeyboardInterrupt):
+            make_something()
+        with interrupts.held():
+            reached.append("later")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert reached == ["inner", "outer", "later"]
 
 
 def test_the_short_form(tmp_path: Path) -> None:
@@ -427,13 +477,12 @@ def test_the_short_form(tmp_path: Path) -> None:
 
     Where CI runs, all programs are installed: the comparison cannot rot unseen.
     """
-    before = zram_devices()
     with run_peers(
         "--short", "--clients=2", f"--json={tmp_path}/json", f"--svg={tmp_path}/svg"
     ) as process:
         text, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, text
-    assert zram_devices() == before
+    assert not left_by(process)
     found = json.loads((tmp_path / "json").read_text())
     entries = {(one["peer"], one["clients"]): one for one in found["measured"]}
     assert set(entries) == {(name, 2) for name in NAMES if name not in found["missing"]}
@@ -454,8 +503,7 @@ def test_the_short_form(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_run_leaves_nothing() -> None:
-    """SIGTERM in the middle stops every server and client, and removes the block devices."""
-    before = zram_devices()
+    """SIGTERM in the middle stops every server and client, and removes what they had."""
     only = ["--only=codec", "--only=vswapd", "--only=zram", "--only=redis", "--only=lmdb"]
     with run_peers("--short", "--clients=1,2", *only) as process:
         assert process.stdout is not None
@@ -468,4 +516,4 @@ def test_an_interrupted_run_leaves_nothing() -> None:
         rest, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 130, "".join([*lines, rest])
     assert "interrupted; everything was stopped" in rest
-    assert zram_devices() == before
+    assert not left_by(process)

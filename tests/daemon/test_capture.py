@@ -21,7 +21,7 @@ from vswapd.capture import CaptureError, capture, present_addresses
 # Touches 300 pages of data and 100 zero pages, leaves 50 untouched, and shares or maps from a file
 # what must not be captured.
 PROGRAM = """
-import mmap, os, sys
+import mmap, os, signal, sys
 data = mmap.mmap(-1, 450 * 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 for i in range(300):
     data[i * 4096 : i * 4096 + 4096] = (b"%08d" % i) * 512
@@ -36,8 +36,7 @@ with open(sys.argv[1], "r+b") as file:
     sum(mapped[::4096])
     copied = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
     copied[:8] = b"written."
-print("ready", flush=True)
-sys.stdin.read()
+os.kill(os.getpid(), signal.SIGSTOP)
 """
 
 
@@ -46,16 +45,13 @@ def program(tmp_path: Path) -> Iterator[int]:
     """A process with memory of every kind; its pid."""
     path = tmp_path / "file"
     path.write_bytes(b"fromfile" * 512 * 16)
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, str(path)])
+    # Stopped, it touches no further page.
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     yield process.pid
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def count_pages(pages: capturing.Pages, start: bytes, rest: bytes = b"") -> int:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -363,7 +364,10 @@ def _summary(status: Status, memory: int, stored: Speed, loaded: Speed, freed: S
 
 
 def _resident_bytes(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    """Memory of a process and its children; what they share counts once."""
+    daemon = psutil.Process(pid)
+    processes = [daemon, *daemon.children(recursive=True)]
+    return sum(int(process.memory_full_info().pss) for process in processes)
 
 
 def _disk(wanted: int) -> str:
@@ -372,7 +376,7 @@ def _disk(wanted: int) -> str:
     Raises:
         DemoError: there is none with room.
     """
-    mounts = dict(line.split()[1:3] for line in Path("/proc/self/mounts").read_text().splitlines())
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
     places = [tempfile.gettempdir(), "/var/tmp", os.getcwd()]  # noqa: S108 - names are made by tempfile
     # Sockets lie there, too, and their paths are at most 107 bytes long.
     fits = [p for p in places if len(p) < 64 and os.access(p, os.W_OK)]  # noqa: PLR2004

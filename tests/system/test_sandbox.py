@@ -119,16 +119,21 @@ def test_a_device_inside_the_sandbox(machine: Container) -> None:
 
 
 def _held_maps(machine: Container) -> list[str]:
-    """What /proc says of the daemon's table and pool, 16 MiB of incompressible pages in them."""
+    """What /proc says of the shards' tables and pools, 16 MiB of incompressible pages in them."""
     script = (
         "import os, vswap\n"
         "with vswap.connect() as space:\n"
         "    slots = space.store(os.urandom(vswap.PAGE_BYTES * 4096))\n"
-        f"    print(open('/proc/{main_pid(machine)}/smaps').read())\n"
+        f"    main = {main_pid(machine)}\n"
+        "    shards = open(f'/proc/{main}/task/{main}/children').read().split()\n"
+        "    for pid in [main, *shards]:\n"
+        "        print(open(f'/proc/{pid}/smaps').read())\n"
     )
     result = client(machine, script, "root")
     maps = re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", result.stdout, flags=re.MULTILINE)
-    held = [text for text in maps if "/memfd:" in text.partition("\n")[0]]
+    held = [
+        text for text in maps if re.search("/memfd:vswapd-(table|pool)", text.partition("\n")[0])
+    ]
     assert held, result.stderr
     return held
 

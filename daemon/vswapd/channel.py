@@ -224,4 +224,6 @@ class Channel:
     async def drained(self) -> None:
         """Wait until what came so far has been handled."""
         while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            # Not gather: of tasks that have ended but not yet left the set, it comes back at once,
+            # and they never leave it.
+            await asyncio.wait(self._tasks)

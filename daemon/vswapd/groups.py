@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vswapd.clusters import SlotSet
+from vswapd.errors import BadSlotError
 from vswapd.ledger import Ledger
 from vswapd.settings import GroupLimits, Settings
 
@@ -87,6 +88,16 @@ class Space:
     """The same for all parts of a space that several shards share; empty: there is one part."""
     joined: bool = False
     """Whether this is a part that came after the first: its space is counted where that one is."""
+
+
+def refuse_closed(space: Space) -> None:
+    """Raise if a space is closed.
+
+    Raises:
+        BadSlotError: it is.
+    """
+    if space.closed:
+        raise BadSlotError("the space is closed: connect again")
 
 
 class Groups:

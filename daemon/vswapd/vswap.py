@@ -31,12 +31,11 @@ from vswapd.errors import (
     BadSlotError,
     BatchError,
     OutOfServiceError,
-    PageLostError,
-    UnbackedError,
 )
 from vswapd.fallback import Fallback
-from vswapd.groups import Space
+from vswapd.groups import Space, refuse_closed
 from vswapd.ledger import Ledger
+from vswapd.loading import Loading
 from vswapd.room import Refusal, Room, reason_for
 from vswapd.settings import Settings
 from vswapd.shrinker import Shrinker
@@ -44,23 +43,17 @@ from vswapd.swap_table import (
     UNBACKED_WORD,
     ZERO_WORD,
     Tag,
-    addresses_of,
-    all_tagged,
-    lengths_of,
     make_words,
-    places_of,
-    tags_of,
-    with_reference,
 )
 from vswapd.verify import VerifyReport, verify
 from vswapd.writeback import Cause, Stop, Writeback, Written
-from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, IoBatch, Operation, Places, T
-from vswapd_backends.codec import CorruptError, UnknownCodecError
+from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, Operation, Places, T
+from vswapd_backends.codec import UnknownCodecError
 from vswapd_backends.segment import payload_of
 from vswapd_backends.swapdev import SwapDevices
-from vswapd_backends.zero import ZERO_PAGE, zero_pages
+from vswapd_backends.zero import zero_pages
 from vswapd_backends.zpool import ZPool
-from vswapd_backends.zswap import Compressed, decode
+from vswapd_backends.zswap import Compressed
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 
@@ -120,6 +113,7 @@ class Engine:
         self._room: Final = Room(self.core, self._writeback, self._compaction)
         self._moves: Final = DeviceMoves(self.core, self._writeback, self._fallback)
         self.shrinker: Final = Shrinker(self.core, self._writeback, self._compaction, self._moves)
+        self._loading: Final = Loading(self.core, self._fallback, self.shrinker, self._nudge)
         self.on_pressure: Callable[[], None] | None = None
         """Called, under the lock, when the shrinker has got something to do. Must be cheap."""
         # Shards take turns at numbers, so that none is another's.
@@ -274,7 +268,7 @@ class Engine:
 
     def _store_target(self, space: Space, folio: Folio, slots: U64 | None) -> I64 | None:
         """The slots to overwrite, checked; None for a store to new ones, if there are enough."""
-        _refuse_closed(space)
+        refuse_closed(space)
         if slots is None:
             self.core.clusters.ensure(space.slots, folio.pages)
             return None
@@ -289,7 +283,7 @@ class Engine:
         Raises:
             BadSlotError: some are not.
         """
-        _refuse_closed(space)
+        refuse_closed(space)
         numbers = self.core.clusters.resolve(space.id, slots)
         words = self.core.table.words[numbers]
         if not words.all():
@@ -384,7 +378,7 @@ class Engine:
     # Load
 
     def load(self, space: Space, slots: U64) -> Operation[list[bytes | memoryview]]:
-        """The pages of slots, in the order asked for; a slot may stand twice.
+        """The pages of slots, in the order asked for; a slot may stand twice. See `Loading`.
 
         Returns:
             n buffers of PAGE_BYTES each.
@@ -393,104 +387,7 @@ class Engine:
             BadSlotError, UnbackedError: some slots have no page.
             PageLostError: some pages could not be had; the others can be loaded without them.
         """
-        _refuse_closed(space)
-        numbers = self.core.clusters.resolve(space.id, slots)
-        words = self.core.table.words[numbers]
-        if all_tagged(words, Tag.ZSWAP):
-            try:
-                pages = self._read_zswap(words)
-            except CorruptError as error:
-                raise self._lost(slots[error.indices]) from None
-            self.core.table.words[numbers] = with_reference(words)
-        else:
-            pages = yield from self._then_nudge(self._load_mixed(slots, numbers, words))
-        self.core.stats.load_pages += len(pages)
-        return pages
-
-    def _read_zswap(self, words: U64) -> list[bytes | memoryview]:
-        addresses = addresses_of(words)
-        lengths = lengths_of(words)
-        zswap = self.core.zswap
-        if self.core.settings.verify == "always":
-            wrong = zswap.wrong(addresses, lengths)
-            if wrong:
-                zswap.corrupt_entries += len(wrong)
-                raise CorruptError(sorted(wrong))
-        return zswap.read(addresses, lengths)
-
-    def _lost(self, slots: U64) -> PageLostError:
-        self.core.stats.lost_pages += len(slots)
-        return PageLostError(
-            f"{len(slots)} page(s) are lost, first {int(slots[0]):#x}: their bytes could not be "
-            "read back or were not the ones that were stored",
-            slots,
-        )
-
-    def _load_mixed(
-        self, slots: U64, numbers: I64, words: U64
-    ) -> Operation[list[bytes | memoryview]]:
-        if not words.all():
-            raise bad_slots(slots[words == 0])
-        tags = tags_of(words)
-        unbacked = tags == Tag.UNBACKED
-        if unbacked.any():
-            raise UnbackedError(
-                f"{int(unbacked.sum())} slot(s) have no content, first "
-                f"{int(slots[unbacked][0]):#x}: their last store was rejected, store them again",
-                slots[unbacked],
-            )
-        pages: list[bytes | memoryview] = [ZERO_PAGE] * len(slots)
-        lost: list[int] = []
-        in_pool = np.flatnonzero(tags == Tag.ZSWAP)
-        if len(in_pool):
-            # Before the device is waited for: these words are true now.
-            try:
-                some = self._read_zswap(words[in_pool])
-            except CorruptError as error:
-                lost += in_pool[error.indices].tolist()
-            else:
-                for index, page in zip(in_pool.tolist(), some, strict=True):
-                    pages[index] = page
-        on_device = np.flatnonzero(tags == Tag.PHYS)
-        if len(on_device):
-            lost += yield from self._load_phys(numbers, words, on_device, pages)
-        if lost:
-            raise self._lost(np.unique(slots[sorted(set(lost))]))
-        table = self.core.table.words
-        same = numbers[(self.core.words_now(numbers) == words) & (tags != Tag.ZERO)]
-        table[same] = with_reference(table[same])
-        return pages
-
-    def _load_phys(
-        self, numbers: I64, words: U64, which: I64, pages: list[bytes | memoryview]
-    ) -> Operation[list[int]]:
-        """Read entries from devices into `pages`; returns the indices of those that are lost."""
-        devices = self.core.devices
-        places = places_of(words[which])
-        pools = devices.pools_of(places.number)
-        plan = devices.plan_reads(places)
-        try:
-            yield IoBatch(plan.requests)
-        except BaseException:
-            devices.abandon(plan)
-            raise
-        entries = devices.collect(plan, numbers[which])
-        self._fallback.close_idle()
-        lost = [int(which[i]) for i, entry in enumerate(entries) if entry is None]
-        for pool in np.unique(pools).tolist():
-            mine = [i for i in np.flatnonzero(pools == pool).tolist() if entries[i] is not None]
-            found = [entry for i in mine if (entry := entries[i]) is not None]
-            codec = self.core.zswap.pools[pool].codec
-            try:
-                decoded = decode(codec, found, places.length[mine])
-            except CorruptError as error:
-                lost += [int(which[mine[i]]) for i in error.indices]
-                continue
-            for index, page in zip(mine, decoded, strict=True):
-                pages[int(which[index])] = page
-        self.core.stats.swapin_pages += len(which) - len(lost)
-        self.shrinker.protect(int(places.length.sum()))
-        return lost
+        return self._loading.load(space, slots)
 
     # Free
 
@@ -613,11 +510,6 @@ class Engine:
             return (yield from operation)
         finally:
             self._nudge()
-
-
-def _refuse_closed(space: Space) -> None:
-    if space.closed:
-        raise BadSlotError("the space is closed: connect again")
 
 
 def _per_extent(places: Places) -> list[tuple[int, int, int]]:

@@ -1,0 +1,152 @@
+"""Loads: pages of any mixture of backings, in the order asked for.
+
+What lies in the pool is read at once, what lies on devices with one read for neighbours; each entry
+from a device is held against its check. Nothing is consumed.
+
+Invariants: invariants 14 to 17 of ARCHITECTURE.md.
+
+This module must not know how pages come to be where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from vswapd.clusters import bad_slots
+from vswapd.core import Core
+from vswapd.errors import PageLostError, UnbackedError
+from vswapd.fallback import Fallback
+from vswapd.groups import Space, refuse_closed
+from vswapd.shrinker import Shrinker
+from vswapd.swap_table import (
+    Tag,
+    addresses_of,
+    all_tagged,
+    lengths_of,
+    places_of,
+    tags_of,
+    with_reference,
+)
+from vswapd_backends.base import I64, U64, IoBatch, Operation
+from vswapd_backends.codec import CorruptError
+from vswapd_backends.zero import ZERO_PAGE
+from vswapd_backends.zswap import decode
+
+
+class Loading:
+    """Reads pages for clients."""
+
+    def __init__(
+        self, core: Core, fallback: Fallback, shrinker: Shrinker, nudge: Callable[[], None]
+    ) -> None:
+        self._core = core
+        self._fallback = fallback
+        self._shrinker = shrinker
+        self._nudge = nudge
+
+    def load(self, space: Space, slots: U64) -> Operation[list[bytes | memoryview]]:
+        """See Engine.load."""
+        refuse_closed(space)
+        numbers = self._core.clusters.resolve(space.id, slots)
+        words = self._core.table.words[numbers]
+        if all_tagged(words, Tag.ZSWAP):
+            try:
+                pages = self._read_zswap(words)
+            except CorruptError as error:
+                raise self._lost(slots[error.indices]) from None
+            self._core.table.words[numbers] = with_reference(words)
+        else:
+            try:
+                pages = yield from self._load_mixed(slots, numbers, words)
+            finally:
+                # What was pinned meanwhile may be something to do for the shrinker now.
+                self._nudge()
+        self._core.stats.load_pages += len(pages)
+        return pages
+
+    def _read_zswap(self, words: U64) -> list[bytes | memoryview]:
+        addresses = addresses_of(words)
+        lengths = lengths_of(words)
+        zswap = self._core.zswap
+        if self._core.settings.verify == "always":
+            wrong = zswap.wrong(addresses, lengths)
+            if wrong:
+                zswap.corrupt_entries += len(wrong)
+                raise CorruptError(sorted(wrong))
+        return zswap.read(addresses, lengths)
+
+    def _lost(self, slots: U64) -> PageLostError:
+        self._core.stats.lost_pages += len(slots)
+        return PageLostError(
+            f"{len(slots)} page(s) are lost, first {int(slots[0]):#x}: their bytes could not be "
+            "read back or were not the ones that were stored",
+            slots,
+        )
+
+    def _load_mixed(
+        self, slots: U64, numbers: I64, words: U64
+    ) -> Operation[list[bytes | memoryview]]:
+        if not words.all():
+            raise bad_slots(slots[words == 0])
+        tags = tags_of(words)
+        unbacked = tags == Tag.UNBACKED
+        if unbacked.any():
+            raise UnbackedError(
+                f"{int(unbacked.sum())} slot(s) have no content, first "
+                f"{int(slots[unbacked][0]):#x}: their last store was rejected, store them again",
+                slots[unbacked],
+            )
+        pages: list[bytes | memoryview] = [ZERO_PAGE] * len(slots)
+        lost: list[int] = []
+        in_pool = np.flatnonzero(tags == Tag.ZSWAP)
+        if len(in_pool):
+            # Before the device is waited for: these words are true now.
+            try:
+                some = self._read_zswap(words[in_pool])
+            except CorruptError as error:
+                lost += in_pool[error.indices].tolist()
+            else:
+                for index, page in zip(in_pool.tolist(), some, strict=True):
+                    pages[index] = page
+        on_device = np.flatnonzero(tags == Tag.PHYS)
+        if len(on_device):
+            lost += yield from self._load_phys(numbers, words, on_device, pages)
+        if lost:
+            raise self._lost(np.unique(slots[sorted(set(lost))]))
+        table = self._core.table.words
+        same = numbers[(self._core.words_now(numbers) == words) & (tags != Tag.ZERO)]
+        table[same] = with_reference(table[same])
+        return pages
+
+    def _load_phys(
+        self, numbers: I64, words: U64, which: I64, pages: list[bytes | memoryview]
+    ) -> Operation[list[int]]:
+        """Read entries from devices into `pages`; returns the indices of those that are lost."""
+        devices = self._core.devices
+        places = places_of(words[which])
+        pools = devices.pools_of(places.number)
+        plan = devices.plan_reads(places)
+        try:
+            yield IoBatch(plan.requests)
+        except BaseException:
+            devices.abandon(plan)
+            raise
+        entries = devices.collect(plan, numbers[which])
+        self._fallback.close_idle()
+        lost = [int(which[i]) for i, entry in enumerate(entries) if entry is None]
+        for pool in np.unique(pools).tolist():
+            mine = [i for i in np.flatnonzero(pools == pool).tolist() if entries[i] is not None]
+            found = [entry for i in mine if (entry := entries[i]) is not None]
+            codec = self._core.zswap.pools[pool].codec
+            try:
+                decoded = decode(codec, found, places.length[mine])
+            except CorruptError as error:
+                lost += [int(which[mine[i]]) for i in error.indices]
+                continue
+            for index, page in zip(mine, decoded, strict=True):
+                pages[int(which[index])] = page
+        self._core.stats.swapin_pages += len(which) - len(lost)
+        self._shrinker.protect(int(places.length.sum()))
+        return lost

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from bench import corpora, rig
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import corpora, rig
 from vswapd import live_programs
 from vswapd.capture import PAGE_BYTES
 from vswapd_backends.codec import codec_from_spec

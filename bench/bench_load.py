@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bench import rig
-from bench.rig import Rig
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import rig
+from bench.rig import Rig
 from vswapd.capture import PAGE_BYTES, Pages
 from vswapd_backends.base import U64, run
 from vswapd_blockdev.device import BlockDevice

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from bench import rig
-from bench.rig import Rig
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import rig
+from bench.rig import Rig
 from vswapd.capture import PAGE_BYTES
 from vswapd.swap_table import Tag, all_tagged, make_words, places_of
 from vswapd_backends.base import U64

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from bench import rig
-from bench.rig import Rig
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench import rig
+from bench.rig import Rig
 from vswapd_backends.base import U64, run
 from vswapd_blockdev.device import EXTENT_BYTES
 from vswapd_blockdev.memory import MemoryDevice

@@ -7,9 +7,9 @@ measured on each corpus by itself.
 from __future__ import annotations
 
 import pytest
+
 from bench import corpora, rig
 from bench.rig import Rig
-
 from vswapd.capture import Pages
 from vswapd_backends.base import U64
 

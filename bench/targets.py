@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can b
 
 import lz4.block
 import numpy as np
+
 from bench import corpora, rig
 from bench.rig import Rig
-
 from vswapd.capture import PAGE_BYTES
 from vswapd.driver import Driver
 from vswapd_backends.base import U64, run

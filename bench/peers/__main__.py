@@ -14,13 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bench import corpora
 from bench.peers import chart, figures, interrupts, machine, measure, results
 from bench.peers.contract import BATCH, PeerFailedError
 from bench.peers.registry import NAMES
 from bench.peers.results import Run
 from bench.targets import table as table_of_figures
-
-from bench import corpora
 
 
 def run(names: Sequence[str], numbers: Sequence[int], amount: measure.Amount) -> Run:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lmdb
+
 from bench.peers.contract import BATCH, PAGE_BYTES, Batch, Buffer, Held, Peer, Plan
 from bench.peers.lz4_codec import all_grown, all_shrunk, grown, shrunk
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import lz4.block
+
 from bench.peers.contract import PAGE_BYTES, Buffer
 
 _compress = lz4.block.compress

@@ -26,7 +26,6 @@ from bench.peers.crew import Crew, Pass
 from bench.peers.lz4_codec import shrunk
 from bench.peers.registry import peer_class
 from bench.peers.results import Latency, Measured, Memory, Speed
-
 from vswapd.capture import Pages
 
 _SHARED_MEMORY: Final = "/dev/shm"

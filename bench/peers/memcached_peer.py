@@ -15,10 +15,11 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from pymemcache.client.base import Client as Memcache
+
 from bench.peers.contract import BATCH, Batch, Buffer, Held, Peer, PeerFailedError, Plan
 from bench.peers.lz4_codec import all_grown, all_shrunk, grown, shrunk
 from bench.peers.processes import Server, program
-from pymemcache.client.base import Client as Memcache
 
 
 class MemcachedPeer(Peer):

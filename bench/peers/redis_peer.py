@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import redis
+
 from bench.peers.contract import BATCH, Batch, Buffer, Held, Peer, Plan
 from bench.peers.lz4_codec import all_grown, all_shrunk, grown, shrunk
 from bench.peers.processes import Server, program

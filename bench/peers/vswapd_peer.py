@@ -15,10 +15,10 @@ import mmap
 import sys
 
 import numpy as np
-from bench.peers.contract import BATCH, PAGE_BYTES, Batch, Buffer, Held, MissingError, Peer, Plan
-from bench.peers.processes import Server
 
 import vswap
+from bench.peers.contract import BATCH, PAGE_BYTES, Batch, Buffer, Held, MissingError, Peer, Plan
+from bench.peers.processes import Server
 from vswapd.config import KEYS
 
 _POOL_BYTES = 2 << 30

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from bench.peers import chart, figures, interrupts, measure, results
 from bench.peers.__main__ import build_parser, numbers_of_clients
 from bench.peers.contract import (
@@ -41,7 +42,6 @@ from bench.peers.processes import Server, program
 from bench.peers.registry import NAMES, peer_class
 from bench.peers.results import Latency, Measured, Memory, Run, Speed
 from bench.peers.worker import batches_of, check, wrong_pages
-
 from support.sources import REPOSITORY
 
 DEADLINE_S = 90

@@ -83,8 +83,10 @@ class Search:
         )
 
 
-def open_socket(path: str | os.PathLike[str] | None, timeout: float | None) -> socket.socket:
-    """A connected, blocking socket to the first daemon that answers.
+def open_socket(
+    path: str | os.PathLike[str] | None, timeout: float | None
+) -> tuple[socket.socket, Path]:
+    """A connected, blocking socket to the first daemon that answers, and where that is.
 
     Raises:
         NoDaemon: none does; the text says where it was looked for and what to do.
@@ -107,7 +109,7 @@ def open_socket(path: str | os.PathLike[str] | None, timeout: float | None) -> s
             sock.close()
             raise
         else:
-            return sock
+            return sock, candidate.path.absolute()
     raise search.failure()
 
 

@@ -20,12 +20,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
 from vswap.address import client_name
-from vswap.aio_connection import AsyncConnection, open_async
+from vswap.aio_connection import AsyncConnection, open_connection
 from vswap.buffers import empty_bytes, padded_pages_of, pages_of, slots_of, target_of
 from vswap.errors import U64
 from vswap.handle import Form, Receiver, StoredObject, take_apart
-from vswap.peer import Peer, hello, parse_document, parse_hello
-from vswap.planner import Ask, Free, Load, Overwrite, Pages, Store, View
+from vswap.pages import Pages, View
+from vswap.peer import Peer, parse_document
+from vswap.planner import Ask, Free, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator
 
     from vswap.buffers import Buffer, Slots
+    from vswap.window import Window
 
 _B = TypeVar("_B", bound="Buffer")
 
@@ -56,16 +58,7 @@ class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
         self._space: Space | None = None
 
     async def _open(self) -> Space:
-        connection = await open_async(self._path, self._timeout)
-        try:
-            call = hello(client_name(self._name))
-            await connection.run(call)
-            peer = parse_hello(call.result())
-        except BaseException:
-            connection.close()
-            raise
-        connection.conversation.window = peer.window
-        return Space(connection, peer)
+        return Space(*await open_connection(self._path, self._timeout, client_name(self._name)))
 
     def __await__(self) -> Generator[Any, None, Space]:
         return self._open().__await__()
@@ -85,8 +78,9 @@ class Space:
     Belongs to the event loop that it was made in.
     """
 
-    def __init__(self, connection: AsyncConnection, peer: Peer) -> None:
+    def __init__(self, connection: AsyncConnection, peer: Peer, window: Window | None) -> None:
         self._connection = connection
+        self._window = window
         self._frame_pages = peer.frame_pages
         self.peer = peer
         """What the daemon said of itself."""
@@ -94,9 +88,9 @@ class Space:
     async def store(self, pages: Buffer, slots: Slots | None = None) -> U64:
         """As `vswap.Space.store`; cancelled, it stores no new pages."""
         call = (
-            Store(pages_of(pages), self._frame_pages)
+            Store(self._located(pages_of(pages)), self._frame_pages)
             if slots is None
-            else Overwrite(slots_of(slots), pages_of(pages), self._frame_pages)
+            else Overwrite(slots_of(slots), self._located(pages_of(pages)), self._frame_pages)
         )
         await self._connection.run(call)
         return call.result()
@@ -117,7 +111,7 @@ class Space:
         return fresh
 
     async def _load(self, slots: U64, target: Pages) -> None:
-        call = Load(slots, target, self._frame_pages)
+        call = Load(slots, self._located(target), self._frame_pages)
         await self._connection.run(call)
         call.result()
 
@@ -130,7 +124,7 @@ class Space:
     async def put(self, source: Buffer) -> Handle:
         """As `vswap.Space.put`."""
         content, form = take_apart(source)
-        call = Store(padded_pages_of(content), self._frame_pages)
+        call = Store(self._located(padded_pages_of(content)), self._frame_pages)
         del content  # a traceback must not hold the caller's buffer
         await self._connection.run(call)
         return Handle(self, call.result(), form)
@@ -139,6 +133,16 @@ class Space:
         """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
         await self._load(slots, receiver.pages)
         return receiver.finish()
+
+    def buffer(self, n: int) -> View:
+        """As `vswap.Space.buffer`. A load into it that was cancelled may still fill it."""
+        if n < 0:
+            raise ValueError(f"a buffer has 0 pages or more, not {n}")
+        lent = self._window.buffer(n) if self._window is not None and n else None
+        return empty_bytes(n * PAGE_BYTES) if lent is None else lent
+
+    def _located(self, pages: Pages) -> Pages:
+        return pages if self._window is None else self._window.locate(pages)
 
     async def status(self) -> dict[str, Any]:
         """As `vswap.Space.status`."""

@@ -1,14 +1,13 @@
-"""A connection in an event loop: calls of many tasks, sent and answered as the socket allows.
+"""A connection in an event loop: the lanes to the daemon's shards, and the calls of many tasks.
 
-Theory: calls wait in `_queue`, the first sends its frames while the window has room. Readiness of
-the socket drives everything, by add_reader and add_writer: frames go out with sendmsg and replies
-come straight into their results, where asyncio's transports and streams would copy both.
+Theory: as for the blocking connection, with a queue of calls per lane. A call that goes over
+several lanes stands in all of their queues, and each lane takes its frames when it has room.
 
 Invariants:
 - A call is in `_waiting` until it is over, has been abandoned, or the connection is lost; each of
   these happens once.
-- A call that has frames left to send is in `_queue`. One that must undo itself comes back into it.
-- Once the connection is lost nothing of it is registered with the loop.
+- Calls come into the lanes' queues in the order in which they were made, also while a lane that
+  the first of them needs is still being opened.
 
 This module must not know what the calls mean.
 """
@@ -17,86 +16,114 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
-from collections import deque
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
-from vswap.address import Candidate, Search, unconnected_socket
-from vswap.conversation import Conversation
-from vswap.errors import ConnectionLost, TimedOut, VswapError
+from vswap.aio_lane import AsyncLane, open_async
+from vswap.errors import ConnectionLost, ConnectionRefused, NoDaemon, TimedOut, VswapError
+from vswap.peer import Peer, hello, parse_hello
+from vswap.window import WINDOW_BYTES, Window, window_of
 
 if TYPE_CHECKING:
-    from vswap.planner import Call, View
+    from pathlib import Path
 
-_GATHER_BYTES: Final = 65536
-"""Small requests are sent together up to this many bytes, to save system calls."""
-_GATHER_BUFFERS: Final = 512
-"""... and up to this many of their pieces; the kernel takes 1024 (IOV_MAX)."""
-_READ_BYTES: Final = 1 << 20
-"""Most bytes read before the loop's other work has its turn."""
-_RETRY_S: Final = 0.01
-"""Pause before the next try when the daemon's queue of new connections is full: the kernel tells of
-no event for that."""
+    from vswap.planner import Ask, Call
+
+_REFUSED_S: Final = 1.0
+"""How long a shard that had no room for one more lane is left alone."""
 
 
-async def open_async(
-    path: str | os.PathLike[str] | None, silence_s: float | None
-) -> AsyncConnection:
-    """Connect to the first daemon that answers.
+async def open_connection(
+    path: str | os.PathLike[str] | None, silence_s: float | None, client: str
+) -> tuple[AsyncConnection, Peer, Window | None]:
+    """Connect to the first daemon that answers, and say HELLO. The window comes with it.
 
     Raises:
-        NoDaemon: none does.
+        NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is no connection.
     """
-    search = Search(path, silence_s)
-    for candidate in search.places:
+    call = hello(client, window_bytes=WINDOW_BYTES)
+    home, peer, found, window = await _greet(path, silence_s, call)
+
+    async def open_lane(shard: int) -> AsyncLane:
+        call = hello(client, shard=shard, token=peer.token)
+        lane, there, *_ = await _greet(found, silence_s, call)
+        if there.shard != shard:
+            # The daemon is another one by now.
+            lane.close()
+            raise ConnectionLost(f"the daemon has no shard {shard} any more")
+        return lane
+
+    return AsyncConnection(home, peer.shards, silence_s, open_lane), peer, window
+
+
+async def _greet(
+    path: str | os.PathLike[str] | None, silence_s: float | None, call: Ask
+) -> tuple[AsyncLane, Peer, Path, Window | None]:
+    """A lane that HELLO has been said on, what was answered, where, and the window."""
+    sock, found = await open_async(path, silence_s)
+    greeting = _Greeting()
+    lane = AsyncLane(sock, greeting)
+    try:
+        lane.put(call)
         try:
-            sock = unconnected_socket(candidate)
-        except OSError as error:
-            search.note(candidate, error)
-            continue
-        try:
-            sock.setblocking(False)
             async with asyncio.timeout(silence_s):
-                await _connect(sock, candidate)
-            return AsyncConnection(sock, silence_s)
-        except OSError as error:
-            sock.close()
-            search.note(candidate, error)
-        except BaseException:
-            sock.close()
-            raise
-    raise search.failure()
+                await greeting.over
+        except TimeoutError:
+            raise _silence(silence_s) from None
+        peer = parse_hello(call.result())
+    except BaseException:
+        lane.close()
+        if lane.descriptor is not None:
+            os.close(lane.descriptor)
+        raise
+    lane.shard = peer.shard
+    lane.conversation.window = peer.window
+    return lane, peer, found, window_of(lane.descriptor, peer.window_bytes, peer.shard)
 
 
-async def _connect(sock: socket.socket, candidate: Candidate) -> None:
-    while True:
-        try:
-            sock.connect(os.fspath(candidate.path))
-        except BlockingIOError:
-            await asyncio.sleep(_RETRY_S)
-        else:
-            return
+def _silence(silence_s: float | None) -> TimedOut:
+    return TimedOut(f"the daemon was silent for {silence_s} s")
 
 
 class AsyncConnection:
-    """One connected, non-blocking socket, owned, and the conversation over it."""
+    """The lanes of one space.
 
-    def __init__(self, sock: socket.socket, timeout: float | None) -> None:
+    Args:
+        home: The first lane, on which HELLO was said.
+        shards: How many the daemon has.
+        timeout: Seconds of silence in the middle of a call after which the daemon is given up;
+            None: wait for ever.
+        open_lane: Makes a lane to another shard.
+    """
+
+    def __init__(
+        self,
+        home: AsyncLane,
+        shards: int,
+        timeout: float | None,
+        open_lane: Callable[[int], Awaitable[AsyncLane]],
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sock = sock
+        self._home = home
+        self._shards = shards
         self._timeout = timeout
+        self._open_lane = open_lane
         self._why_closed: str | None = None
-        self.conversation = Conversation()
-        self._queue: deque[Call] = deque()
         self._waiting: dict[Call, asyncio.Future[None]] = {}
-        self._buffers: list[View] = []
-        """What is being sent, in order."""
-        self._writer_added = False
-        self._mute = False
-        """The daemon reads no more; what it said before is still to be read."""
+        self._routes: dict[Call, list[AsyncLane]] = {}
+        """The lanes of every call that somebody waits for, or that is not over."""
+        self._lanes: dict[int, AsyncLane] = {}
+        self._refused_at: dict[int, float] = {}
+        self._entering = 0
+        """Calls that are not in the queues yet, since there is a lane to open."""
+        self._door = asyncio.Lock()
         self._heard_at = self._loop.time()
         self._watch: asyncio.TimerHandle | None = None
-        self._loop.add_reader(sock, self._read)
+        self._adopt(home)
+
+    def _adopt(self, lane: AsyncLane) -> None:
+        lane.owner = self
+        self._lanes[lane.shard] = lane
 
     @property
     def closed(self) -> bool:
@@ -106,153 +133,134 @@ class AsyncConnection:
     def close(self) -> None:
         """Close it; calls that run fail with ConnectionLost."""
         if not self.closed:
-            self._lose(ConnectionLost("the connection was closed"))
+            self.lose(ConnectionLost("the connection was closed"))
 
     async def run(self, call: Call) -> None:
         """Carry a call through. Its own errors are kept in it; ask it for its result.
 
         Raises:
             ConnectionLost: the connection is closed, or was.
+            ConnectionRefused: a shard that the call needs takes no more connections; nothing was
+                sent.
             ProtocolError: the daemon answered nonsense; the connection is closed now.
         """
-        if self._why_closed is not None:
-            raise ConnectionLost(f"the connection is closed: {self._why_closed}; connect() again")
+        self._check_open()
         if call.over:
             return
-        future = self._loop.create_future()
-        self._waiting[call] = future
-        self._queue.append(call)
-        if self.conversation.idle:
-            self._heard_at = self._loop.time()
-        if self._timeout is not None and self._watch is None:
-            self._watch = self._loop.call_later(self._timeout, self._look)
-        self._write()
+        shards = call.routes(self._home.shard, self._shards)
+        if self._entering or not all(shard in self._lanes for shard in shards):
+            future = await self._enter_late(call, shards)
+        else:
+            future = self._enter(call, [self._lanes[shard] for shard in shards])
         try:
             await future
         except asyncio.CancelledError:
             self._abandon(call)
             raise
+        self._routes.pop(call, None)
+
+    def _check_open(self) -> None:
+        if self._why_closed is not None:
+            raise ConnectionLost(f"the connection is closed: {self._why_closed}; connect() again")
+
+    async def _enter_late(self, call: Call, shards: list[int]) -> asyncio.Future[None]:
+        """After the calls before it, with lanes that may have to be opened."""
+        self._entering += 1
+        try:
+            async with self._door:
+                lanes = [await self._lane(shard, needed=call.needs_all) for shard in shards]
+                self._check_open()
+                return self._enter(call, [lane for lane in lanes if lane is not None])
+        except BaseException:
+            call.release()
+            raise
+        finally:
+            self._entering -= 1
+
+    async def _lane(self, shard: int, *, needed: bool) -> AsyncLane | None:
+        """The lane to a shard; None: none is to be had, and none is needed.
+
+        Raises:
+            ConnectionRefused, NoDaemon, ConnectionLost: as it may happen, and one is needed.
+        """
+        lane = self._lanes.get(shard)
+        if lane is not None:
+            return lane
+        refused_at = self._refused_at.get(shard)
+        if not needed and refused_at is not None and self._loop.time() < refused_at + _REFUSED_S:
+            return None
+        try:
+            lane = await self._open_lane(shard)
+        except (ConnectionRefused, ConnectionLost, NoDaemon):
+            self._refused_at[shard] = self._loop.time()
+            if needed:
+                raise
+            return None
+        if self.closed:
+            lane.close()
+        else:
+            self._adopt(lane)
+        return lane
+
+    def _enter(self, call: Call, lanes: list[AsyncLane]) -> asyncio.Future[None]:
+        future = self._loop.create_future()
+        self._waiting[call] = future
+        if self._idle:
+            self._heard_at = self._loop.time()
+        if self._timeout is not None and self._watch is None:
+            self._watch = self._loop.call_later(self._timeout, self._look)
+        self._routes[call] = lanes
+        self._put(call, lanes)
+        return future
+
+    def _put(self, call: Call, lanes: list[AsyncLane]) -> None:
+        for lane in lanes:
+            if not self.closed:
+                lane.put(call)
+
+    @property
+    def _idle(self) -> bool:
+        return all(lane.conversation.idle for lane in self._lanes.values())
 
     def _abandon(self, call: Call) -> None:
         """The caller is gone; his buffers are his again."""
         self._waiting.pop(call, None)
-        if self.closed:
-            return
-        self.conversation.abandon(call)
-        # Some of what is being sent may be his; it cannot be left out any more, so it is copied.
-        self._buffers = [memoryview(bytes(view)) for view in self._buffers]
+        lanes = self._routes.get(call, [])
+        for lane in lanes:
+            lane.abandon(call)
         call.release()
-        self._queue.append(call)
-        self._write()
+        self._put(call, lanes)
+        if call.over:
+            self._routes.pop(call, None)
 
-    def _write(self) -> None:
-        """Send what can be sent now."""
-        while not self._mute and not self.closed:
-            self._gather()
-            if not self._buffers:
-                break
-            try:
-                sent = self._sock.sendmsg(self._buffers, (), socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                if not self._writer_added:
-                    self._loop.add_writer(self._sock, self._write)
-                    self._writer_added = True
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                # The reader will meet the end too, behind the daemon's last words.
-                self._mute = True
-                break
-            except OSError as error:
-                self._lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
-                return
-            self._drop(sent)
-        if self._writer_added:
-            self._loop.remove_writer(self._sock)
-            self._writer_added = False
+    # What lanes say
 
-    def _gather(self) -> None:
-        """Fill up `_buffers` with the next frames."""
-        pending = sum(map(len, self._buffers))
-        while self._queue and pending < _GATHER_BYTES and len(self._buffers) < _GATHER_BUFFERS:
-            frame = self.conversation.request(self._queue[0])
-            if frame is not None:
-                self._buffers += frame
-                pending += sum(map(len, frame))
-            elif self.conversation.full:
-                return
-            else:
-                self._queue.popleft()
-
-    def _drop(self, sent: int) -> None:
-        buffers, done = self._buffers, 0
-        while done < len(buffers) and sent >= len(buffers[done]):
-            sent -= len(buffers[done])
-            done += 1
-        del buffers[:done]
-        if sent:
-            buffers[0] = buffers[0][sent:]
-
-    def _read(self) -> None:
-        """Take what has arrived; then send what the answers made room for."""
-        self._heard_at = self._loop.time()
-        try:
-            self._take()
-        except BlockingIOError:
-            pass
-        except VswapError as error:
-            self._lose(error)
-            return
-        except OSError as error:
-            self._lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
-            return
-        self._write()
-
-    def _take(self) -> None:
-        conversation, left = self.conversation, _READ_BYTES
-        while left > 0:
-            wanted = conversation.wanted
-            count = self._sock.recv_into(wanted)
-            if not count:
-                raise ConnectionLost("the daemon closed the connection (did it stop, or die?)")
-            call = conversation.arrived(count)
-            if call is not None:
-                self._answered(call)
-            if count < len(wanted):
-                return  # there is no more
-            left -= count
-
-    def _answered(self, call: Call) -> None:
+    def answered(self, call: Call) -> None:
+        """A reply for the call has come."""
         if call.over:
             call.release()
             future = self._waiting.pop(call, None)
-            if future is not None and not future.done():
+            if future is None:
+                del self._routes[call]
+            elif not future.done():
                 future.set_result(None)
         elif call.error is not None or call.abandoned:
-            self._queue.append(call)
+            self._put(call, self._routes[call])
 
-    def _look(self) -> None:
-        """Whether the daemon has been silent for too long."""
-        self._watch = None
-        if self._timeout is None or self.closed or self.conversation.idle:
-            return
-        silence = self._loop.time() - self._heard_at
-        if silence >= self._timeout:
-            self._lose(TimedOut(f"the daemon was silent for {self._timeout} s"))
-        else:
-            self._watch = self._loop.call_later(self._timeout - silence, self._look)
+    def heard(self) -> None:
+        """Something has come."""
+        self._heard_at = self._loop.time()
 
-    def _lose(self, error: VswapError) -> None:
+    def lose(self, error: VswapError) -> None:
         """The end: every call that waits fails."""
+        if self.closed:
+            return
         self._why_closed = str(error)
-        self._loop.remove_reader(self._sock)
-        if self._writer_added:
-            self._loop.remove_writer(self._sock)
         if self._watch is not None:
             self._watch.cancel()
-        self._sock.close()
-        self._queue.clear()
-        self._buffers.clear()
-        self.conversation.end()
+        for lane in self._lanes.values():
+            lane.close()
+        self._routes.clear()
         waiting, self._waiting = self._waiting, {}
         first = True
         for call, future in waiting.items():
@@ -261,3 +269,35 @@ class AsyncConnection:
                 # One exception object must not be raised in two tasks.
                 future.set_exception(error if first else ConnectionLost(str(error)))
                 first = False
+
+    def _look(self) -> None:
+        """Whether the daemon has been silent for too long."""
+        self._watch = None
+        if self._timeout is None or self.closed or self._idle:
+            return
+        silence = self._loop.time() - self._heard_at
+        if silence >= self._timeout:
+            self.lose(_silence(self._timeout))
+        else:
+            self._watch = self._loop.call_later(self._timeout - silence, self._look)
+
+
+class _Greeting:
+    """Who waits for HELLO's answer on a lane that belongs to no connection yet."""
+
+    def __init__(self) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def answered(self, call: Call) -> None:
+        """HELLO was answered."""
+        del call
+        if not self.over.done():
+            self.over.set_result(None)
+
+    def heard(self) -> None:
+        """Something has come."""
+
+    def lose(self, error: VswapError) -> None:
+        """There will be no answer."""
+        if not self.over.done():
+            self.over.set_exception(error)

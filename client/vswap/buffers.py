@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vswap.errors import U64, BadBuffer
-from vswap.planner import Pages, View
+from vswap.pages import Pages, View
 from vswap.protocol import PAGE_BYTES
 
 if TYPE_CHECKING:

@@ -1,13 +1,12 @@
-"""A blocking connection: sends a call's frames and reads its replies, one call at a time.
+"""A blocking connection: the lanes to the daemon's shards, and one call at a time over them.
 
-Theory: while a call has frames left and the window has room, send; otherwise read one reply. When
-a send would block, whichever comes first is done: reading a reply or sending on. So it does not
-matter whose socket buffers are full; the two ends cannot wait for each other. Reading a reply to
-its end, once it has begun, is safe, since the daemon needs nothing from us to finish it.
+Theory: the first lane is made with the connection, and is all that small calls use. A lane to
+another shard is opened when a call first has something to send there. Calls that any shard can
+serve (new slots) are offered to all lanes in turn, and whichever has room takes the next frame.
 
 Invariants:
 - One lock; a call has the connection to itself. Threads wait for each other.
-- After a typed error all replies of the call have been read: the connection is in step.
+- After a typed error all replies of the call have been read: every lane is in step.
 - After anything else (an I/O error, silence, an exception out of a signal handler, which may strike
   between the arrival of bytes and their being counted) the connection is closed, and later calls
   say why.
@@ -18,49 +17,51 @@ This module must not know what the calls mean.
 
 from __future__ import annotations
 
-import errno
 import os
 import select
-import socket
-import struct
 import threading
+import time
 import weakref
-from typing import TYPE_CHECKING, Final, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
-from vswap.conversation import Conversation
-from vswap.errors import ConnectionLost, TimedOut
+from vswap.errors import ConnectionLost, ConnectionRefused, NoDaemon
 
 if TYPE_CHECKING:
-    from vswap.planner import Call, View
+    from vswap.lane import Lane
+    from vswap.planner import Call
 
-_SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_TIMEVAL: Final = struct.Struct("@ll")
-_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
+_REFUSED_S: Final = 1.0
+"""How long a shard that had no room for one more lane is left alone."""
 
 
 class Connection:
-    """One connected socket, owned, and the conversation over it.
+    """The lanes of one space, or the one lane of a connection for steering.
 
     Args:
-        sock: Connected and blocking; closed by `close`.
+        home: The first lane, on which HELLO was said.
+        shards: How many the daemon has.
         timeout: Seconds of silence in the middle of a call after which the daemon is given up;
             None: wait for ever.
+        open_lane: Makes a lane to another shard.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float | None) -> None:
-        self._sock = sock
+    def __init__(
+        self,
+        home: Lane,
+        shards: int,
+        timeout: float | None,
+        open_lane: Callable[[int], Lane],
+    ) -> None:
+        self._home = home
+        self._shards = shards
         self._timeout = timeout
+        self._open_lane = open_lane
+        self._lanes: dict[int, Lane] = {home.shard: home}
+        self._refused_at: dict[int, float] = {}
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._why_closed: str | None = None
-        self._poll = select.poll()
-        self.conversation = Conversation()
-        if timeout is not None:
-            # The kernel's own timeout costs nothing; Python's would poll before every receive.
-            whole = int(timeout)
-            value = _TIMEVAL.pack(whole, max(1, int((timeout - whole) * 1e6)))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-        self._poll.register(sock, select.POLLIN | select.POLLOUT)
         _open_connections.add(self)
 
     @property
@@ -81,15 +82,22 @@ class Connection:
 
         Raises:
             ConnectionLost: the connection is closed, or was.
+            ConnectionRefused: a shard that the call needs takes no more connections; nothing was
+                sent.
             ProtocolError: the daemon answered nonsense; the connection is closed now.
         """
         self._enter()
         try:
             self._check_open()
-            self._exchange(call)
-        except BaseException as error:
-            self._shut(str(error) or type(error).__name__)
-            raise
+            lanes = self._lanes_for(call)
+            try:
+                if len(lanes) == 1:
+                    lanes[0].exchange(call)
+                else:
+                    self._exchange(call, lanes)
+            except BaseException as error:
+                self._shut(str(error) or type(error).__name__)
+                raise
         finally:
             call.release()
             self._leave()
@@ -112,78 +120,55 @@ class Connection:
     def _shut(self, why: str) -> None:
         if self._why_closed is None:
             self._why_closed = why
-            self._sock.close()
-            self.conversation.end()
+            for lane in self._lanes.values():
+                lane.close()
 
-    def _exchange(self, call: Call) -> None:
-        request = self.conversation.request
-        while True:
-            buffers = request(call)
-            if buffers is not None:
-                self._send(buffers)
-            elif call.in_flight:
-                self._read_reply()
-            elif call.over:
-                return
+    # Lanes
 
-    def _send(self, buffers: list[View]) -> None:
-        try:
-            self._send_all(buffers)
-        finally:
-            buffers.clear()  # a traceback must not hold the caller's memory
+    def _lanes_for(self, call: Call) -> list[Lane]:
+        lanes = []
+        for shard in call.routes(self._home.shard, self._shards):
+            lane = self._lanes.get(shard) or self._open(shard, needed=call.needs_all)
+            if lane is not None:
+                lanes.append(lane)
+        return lanes
 
-    def _send_all(self, buffers: list[View]) -> None:
-        while True:
-            try:
-                sent = self._sock.sendmsg(buffers, (), _SEND_FLAGS)
-            except BlockingIOError:
-                self._wait()
-                continue
-            except OSError as error:
-                self._read_last_words(error)
-            while buffers and sent >= len(buffers[0]):
-                sent -= len(buffers[0])
-                del buffers[0]
-            if not buffers:
-                return
-            buffers[0] = buffers[0][sent:]
-
-    def _wait(self) -> None:
-        """Wait until something can be sent; read the replies that come before."""
-        limit = None if self._timeout is None else self._timeout * 1000
-        ready = self._poll.poll(limit)
-        if not ready:
-            raise self._silence()
-        if ready[0][1] & select.POLLIN:
-            self._read_reply()
-
-    def _read_reply(self) -> None:
-        conversation = self.conversation
-        while True:
-            try:
-                count = self._sock.recv_into(conversation.wanted, 0, socket.MSG_WAITALL)
-            except BlockingIOError:
-                raise self._silence() from None
-            except OSError as error:
-                raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
-            if not count:
-                raise ConnectionLost("the daemon closed the connection (did it stop, or die?)")
-            if conversation.arrived(count) is not None:
-                return
-
-    def _read_last_words(self, error: OSError) -> NoReturn:
-        """The daemon takes no more; it may have said why before it closed.
+    def _open(self, shard: int, *, needed: bool) -> Lane | None:
+        """A new lane; None: none is to be had, and none is needed.
 
         Raises:
-            ConnectionLost: always; its text is the daemon's, if it said anything.
+            ConnectionRefused, NoDaemon, ConnectionLost: as it may happen, and one is needed.
         """
-        if error.errno in _GONE:
-            while not self.conversation.idle:
-                self._read_reply()
-        raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
+        refused_at = self._refused_at.get(shard)
+        if not needed and refused_at is not None and time.monotonic() < refused_at + _REFUSED_S:
+            return None
+        try:
+            lane = self._open_lane(shard)
+        except (ConnectionRefused, ConnectionLost, NoDaemon):
+            self._refused_at[shard] = time.monotonic()
+            if needed:
+                raise
+            return None
+        self._lanes[shard] = lane
+        return lane
 
-    def _silence(self) -> TimedOut:
-        return TimedOut(f"the daemon was silent for {self._timeout} s; the connection is closed")
+    def _exchange(self, call: Call, lanes: list[Lane]) -> None:
+        """Carry a call through over several lanes."""
+        limit = None if self._timeout is None else self._timeout * 1000
+        poll = select.poll()
+        by_fd = {lane.sock.fileno(): lane for lane in lanes}
+        while True:
+            for fd, lane in by_fd.items():
+                all_sent = lane.push(call)
+                poll.register(fd, select.POLLIN if all_sent else select.POLLIN | select.POLLOUT)
+            if call.over:
+                return
+            ready = poll.poll(limit)
+            if not ready:
+                raise self._home.silence()
+            for fd, events in ready:
+                if events & ~select.POLLOUT:
+                    by_fd[fd].pull()
 
 
 _open_connections: weakref.WeakSet[Connection] = weakref.WeakSet()

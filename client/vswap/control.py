@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Self
 
+from vswap.greeting import greet
 from vswap.peer import parse_document
 from vswap.planner import Ask
 from vswap.protocol import Op
-from vswap.space import greet
 
 if TYPE_CHECKING:
     import os
@@ -37,7 +37,7 @@ class Control:
         timeout: float | None = None,
         name: str | None = None,
     ) -> None:
-        self._connection, self.peer = greet(path, timeout, name, control=True)
+        self._connection, self.peer, _ = greet(path, timeout, name, control=True)
 
     def status(self) -> dict[str, Any]:
         """The daemon's status document; anybody may ask for it."""

@@ -19,7 +19,8 @@ from collections import deque
 import numpy as np
 
 from vswap.errors import NO_SLOTS, ProtocolError, VswapError, error_for
-from vswap.planner import Call, Frame, View
+from vswap.pages import View
+from vswap.planner import Call, Frame
 from vswap.protocol import (
     HEADER_BYTES,
     LISTS_SLOTS,
@@ -62,14 +63,14 @@ class Conversation:
         """Whether everything is answered."""
         return not self._unanswered
 
-    def request(self, call: Call) -> list[View] | None:
-        """The next frame of `call` as buffers to send whole and in order; None: not now.
+    def request(self, call: Call, shard: int) -> list[View] | None:
+        """The next frame of `call` for a shard as buffers to send whole, in order; None: not now.
 
         None has two reasons: the window is `full`, or the call has nothing to send.
         """
         if len(self._unanswered) >= self.window:
             return None
-        frame = call.next_frame()
+        frame = call.next_frame(shard)
         if frame is None:
             return None
         self._last_id += 1

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vswap.buffers import byte_view, bytes_of_array, empty_bytes, target_of
 from vswap.errors import U64, BadBuffer, HandleFreed
-from vswap.planner import Pages, View
+from vswap.pages import Pages, View
 from vswap.protocol import PAGE_BYTES
 
 if TYPE_CHECKING:

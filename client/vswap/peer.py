@@ -52,6 +52,12 @@ class Peer:
     """The space's name in `vswapctl spaces`; None on a connection without one."""
     token: str | None
     """The space's secret, hexadecimal."""
+    shards: int
+    """How many shards the daemon has."""
+    shard: int
+    """Which of them serves this connection."""
+    window_bytes: int
+    """Memory that the connection shares with the daemon; 0: none."""
 
     @property
     def frame_pages(self) -> int:
@@ -64,10 +70,31 @@ class Peer:
         return max(1, min(self.max_pipeline, UNANSWERED_PAGES // self.frame_pages))
 
 
-def hello(client: str, *, control: bool = False) -> Ask:
-    """The first request of every connection."""
-    text = json.dumps({"client": client}).encode()
-    return Ask(Op.HELLO, text, Flag.CONTROL if control else 0)
+def hello(
+    client: str,
+    *,
+    control: bool = False,
+    shard: int | None = None,
+    token: str | None = None,
+    window_bytes: int = 0,
+) -> Ask:
+    """The first request of every connection.
+
+    Args:
+        client: How the daemon names this client.
+        control: For steering; no space is opened.
+        shard: Which shard is to serve it; None: any.
+        token: The space that it belongs to; None: a new one.
+        window_bytes: How much shared memory is wished for.
+    """
+    said: dict[str, Any] = {"client": client}
+    if shard is not None:
+        said["shard"] = shard
+    if token is not None:
+        said["token"] = token
+    if window_bytes:
+        said["window"] = window_bytes
+    return Ask(Op.HELLO, json.dumps(said).encode(), Flag.CONTROL if control else 0)
 
 
 def parse_document(text: bytes, what: str) -> dict[str, Any]:
@@ -104,7 +131,12 @@ def parse_hello(text: bytes) -> Peer:
         max_pipeline=_positive(document, "max_pipeline"),
         space=_text_or_none(document, "space"),
         token=_text_or_none(document, "token"),
+        shards=_positive(document, "shards") if "shards" in document else 1,
+        shard=_count(document, "shard"),
+        window_bytes=_count(document, "window"),
     )
+    if peer.shard >= peer.shards:
+        raise ProtocolError(f"the daemon says that shard {peer.shard} of {peer.shards} answers")
     frame_limit(1, peer.max_batch, peer.max_frame_bytes)
     return peer
 
@@ -112,6 +144,13 @@ def parse_hello(text: bytes) -> Peer:
 def _positive(document: dict[str, Any], key: str) -> int:
     value = document.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ProtocolError(f"the daemon's answer to HELLO has {key} = {value!r}")
+    return value
+
+
+def _count(document: dict[str, Any], key: str) -> int:
+    value = document.get(key, 0)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ProtocolError(f"the daemon's answer to HELLO has {key} = {value!r}")
     return value
 

@@ -2,7 +2,11 @@
 
 A call of any size is a row of requests of at most `frame_pages` pages. Each frame knows where the
 body of its reply belongs, so pages go from the caller's buffer to the socket and from the socket to
-the result without a copy between.
+the result without a copy between. Only where slots of several shards are mixed page by page are the
+pages of a frame gathered, or scattered, through one buffer of its own.
+
+A call says which shards it goes to (`routes`); each of them is then asked for by itself
+(`next_frame`), so that pages which any shard may take go to the one that has room first.
 
 Invariants:
 - A call that failed sends no more of its row; what is on the way is still answered and digested, so
@@ -15,12 +19,12 @@ This module must not know sockets, event loops, request ids, or the order of cal
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
 
 from vswap.errors import (
-    NO_SLOTS,
     U64,
     BadBuffer,
     DuplicateSlot,
@@ -28,34 +32,54 @@ from vswap.errors import (
     VswapError,
     merge,
 )
-from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES, Flag, Op
+from vswap.pages import I64, Pages, View, cut_row
+from vswap.protocol import (
+    HEADER_BYTES,
+    MAX_TEXT_BYTES,
+    PAGE_BYTES,
+    SHARD_SHIFT,
+    SLOT_BYTES,
+    Flag,
+    Op,
+)
 
-View = memoryview
 _U64: Final = np.dtype("<u8")
+_NO_PAGES: Final = slice(0, 0)
+
+LEAST_SPREAD: Final = 64
+"""Pages below which a frame is not cut to give another shard something to do: each frame costs a
+shard about 100 us beside its pages, and a page about 6."""
 
 
 class Frame:
-    """One request and where the body of its reply goes. `start:stop` are its pages in the call."""
+    """One request and where the body of its reply goes. `where` are its pages in the call."""
 
-    __slots__ = ("body", "count", "flags", "op", "start", "stop", "targets")
+    __slots__ = ("body", "count", "flags", "held", "op", "scratch", "shard", "targets", "where")
 
     def __init__(
         self,
         op: Op,
         body: list[View],
         targets: list[View] | None,
-        start: int = 0,
-        stop: int = 0,
+        where: slice | I64 = _NO_PAGES,
+        *,
+        count: int = 0,
         flags: int = 0,
+        scratch: View | None = None,
     ) -> None:
         self.op = op
         self.flags = flags
-        self.count = stop - start
+        self.count = count
         self.body = body
         self.targets = targets
         """Views that the reply's body fills, in order; None: text of any length."""
-        self.start = start
-        self.stop = stop
+        self.where = where
+        self.scratch = scratch
+        """Where pages arrive that belong to many places."""
+        self.held: View | None = None
+        """What the daemon may write to until it has answered, though nobody waits any more."""
+        self.shard = 0
+        """Where new slots were given out, so that they can be freed there."""
 
 
 class Call:
@@ -74,13 +98,28 @@ class Call:
         self.error: VswapError | None = None
         self.abandoned = False
 
-    def next_frame(self) -> Frame | None:
-        """The next request, or None if there is none to send (now, or ever: see `over`)."""
+    def routes(self, home: int, shards: int) -> list[int]:
+        """The shards that this call is to be sent to. To be asked once, before `next_frame`.
+
+        Args:
+            home: The shard for what any can do.
+            shards: How many there are.
+        """
+        del shards
+        return [home]
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether every one of its routes is needed; else those that can be had will do."""
+        return True
+
+    def next_frame(self, shard: int) -> Frame | None:
+        """The next request for a shard; None: it gets none (now, or ever: see `over`)."""
         if self.error is not None or self.abandoned or self.sent_pages >= self.pages:
             return None
         start = self.sent_pages
         self.sent_pages = stop = min(start + self.frame_pages, self.pages)
-        return self.frame(start, stop)
+        return self.frame(slice(start, stop), stop - start, shard)
 
     @property
     def over(self) -> bool:
@@ -89,8 +128,8 @@ class Call:
             return False
         return self.sent_pages >= self.pages or self.error is not None or self.abandoned
 
-    def frame(self, start: int, stop: int) -> Frame:
-        """Cut the request for pages start:stop."""
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
+        """Cut the request to a shard for the `count` pages at `where`."""
         raise NotImplementedError
 
     def accept(self, frame: Frame, body: bytes) -> None:
@@ -116,23 +155,55 @@ class SlotsCall(Call):
         super().__init__(len(slots), frame_pages)
         self.slots = slots
         self._slot_bytes = slots.view(np.uint8).data
-        self._accepted: list[tuple[int, int]] = []
+        self._accepted: list[slice | I64] = []
+        self._rows: dict[int, Iterator[tuple[slice | I64, int]]] | None = None
+        """By shard: what is still to be sent to it. None: all goes one way, in one row."""
 
-    def packed(self, start: int, stop: int) -> View:
-        """Slots start:stop as they stand on the wire."""
-        return self._slot_bytes[start * SLOT_BYTES : stop * SLOT_BYTES]
+    def routes(self, home: int, shards: int) -> list[int]:
+        """The shards that the slots name; `home` answers for what no shard can have given out."""
+        if shards == 1 or not self.pages:
+            return [home]
+        shard_of = (self.slots >> np.uint64(SHARD_SHIFT)).astype(np.int64)
+        shard_of[shard_of >= shards] = home
+        found: list[int] = np.unique(shard_of).tolist()
+        if len(found) > 1:
+            self._rows = {
+                shard: cut_row(np.flatnonzero(shard_of == shard), self.frame_pages)
+                for shard in found
+            }
+        return found
+
+    def next_frame(self, shard: int) -> Frame | None:
+        """The next of the shard's own slots."""
+        if self._rows is None:
+            return super().next_frame(shard)
+        if self.error is not None or self.abandoned:
+            return None
+        piece = next(self._rows[shard], None)
+        if piece is None:
+            return None
+        where, count = piece
+        self.sent_pages += count
+        return self.frame(where, count, shard)
+
+    def packed(self, where: slice | I64) -> View:
+        """Slots as they stand on the wire."""
+        if isinstance(where, slice):
+            return self._slot_bytes[where.start * SLOT_BYTES : where.stop * SLOT_BYTES]
+        return self.slots[where].view(np.uint8).data
 
     def accept(self, frame: Frame, body: bytes) -> None:
         """Remember the frame's slots as done."""
         del body
-        self._accepted.append((frame.start, frame.stop))
+        self._accepted.append(frame.where)
 
     @property
     def done(self) -> U64:
-        """The slots of all frames that succeeded."""
-        if not self._accepted:
-            return NO_SLOTS
-        return np.concatenate([self.slots[start:stop] for start, stop in self._accepted])
+        """The slots of all frames that succeeded, in the order of the call."""
+        taken = np.zeros(self.pages, bool)
+        for where in self._accepted:
+            taken[where] = True
+        return self.slots[taken]
 
     def finish(self) -> None:
         """Raise what went wrong, with what was done before it did."""
@@ -156,11 +227,15 @@ class Overwrite(SlotsCall):
             check_unique(slots)
         self._source = pages
 
-    def frame(self, start: int, stop: int) -> Frame:
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
         """Slots, then pages; the reply repeats the slots, and they are not needed."""
-        body = [self.packed(start, stop), *self._source.cut(start, stop)]
-        echo = memoryview(bytearray((stop - start) * SLOT_BYTES))
-        return Frame(Op.STORE, body, [echo], start, stop, Flag.SLOTS)
+        echo = memoryview(bytearray(count * SLOT_BYTES))
+        offset = self._source.offset(where, shard)
+        if offset is not None:
+            body, flags = [offset, self.packed(where)], Flag.SLOTS | Flag.WINDOW
+        else:
+            body, flags = [self.packed(where), *self._source.cut(where)], Flag.SLOTS
+        return Frame(Op.STORE, body, [echo], where, count=count, flags=flags)
 
     def result(self) -> U64:
         """The slots, as given."""
@@ -181,10 +256,25 @@ class Load(SlotsCall):
         super().__init__(slots, frame_pages)
         self._target = target
 
-    def frame(self, start: int, stop: int) -> Frame:
-        """Slots; the reply's pages go straight to where they belong."""
-        body = [self.packed(start, stop)]
-        return Frame(Op.LOAD, body, self._target.cut(start, stop), start, stop)
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
+        """Slots; the reply's pages go straight to where they belong, if that is one place."""
+        body = [self.packed(where)]
+        if isinstance(where, slice):
+            offset = self._target.offset(where, shard)
+            if offset is not None:
+                frame = Frame(Op.LOAD, [offset, *body], [], where, count=count, flags=Flag.WINDOW)
+                frame.held = self._target.whole
+                return frame
+            return Frame(Op.LOAD, body, self._target.cut(where), where, count=count)
+        scratch = np.empty(count * PAGE_BYTES, np.uint8).data
+        return Frame(Op.LOAD, body, [scratch], where, count=count, scratch=scratch)
+
+    def accept(self, frame: Frame, body: bytes) -> None:
+        """Put scattered pages where they belong."""
+        super().accept(frame, body)
+        if frame.scratch is not None and not self.abandoned:
+            assert not isinstance(frame.where, slice)
+            self._target.scatter(frame.where, frame.scratch)
 
     def result(self) -> None:
         """Nothing: the target is full."""
@@ -205,9 +295,10 @@ class Free(SlotsCall):
         if self.pages > frame_pages:
             check_unique(slots)
 
-    def frame(self, start: int, stop: int) -> Frame:
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
         """Slots."""
-        return Frame(Op.FREE, [self.packed(start, stop)], [], start, stop)
+        del shard
+        return Frame(Op.FREE, [self.packed(where)], [], where, count=count)
 
     def result(self) -> None:
         """Nothing: they are free."""
@@ -227,20 +318,43 @@ class Store(Call):
         self._to_free: list[Frame] = []
         self._undoing = False
 
-    def frame(self, start: int, stop: int) -> Frame:
-        """Pages; the reply's slots go straight into the result."""
-        target = self._slot_bytes[start * SLOT_BYTES : stop * SLOT_BYTES]
-        return Frame(Op.STORE, self._source.cut(start, stop), [target], start, stop)
+    def routes(self, home: int, shards: int) -> list[int]:
+        """All shards for what is more than one frame, in equal parts if it is not many."""
+        if self.pages <= self.frame_pages or shards == 1:
+            return [home]
+        self.frame_pages = min(self.frame_pages, max(LEAST_SPREAD, -(-self.pages // shards)))
+        return [home, *(shard for shard in range(shards) if shard != home)]
 
-    def next_frame(self) -> Frame | None:
+    @property
+    def needs_all(self) -> bool:
+        """No: who has room takes the next frame."""
+        return False
+
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
+        """Pages; the reply's slots go straight into the result."""
+        assert isinstance(where, slice)  # new slots come in whole frames
+        target = self._slot_bytes[where.start * SLOT_BYTES : where.stop * SLOT_BYTES]
+        offset = self._source.offset(where, shard)
+        if offset is not None:
+            body, flags = [offset], Flag.WINDOW
+        else:
+            body, flags = self._source.cut(where), Flag(0)
+        frame = Frame(Op.STORE, body, [target], where, count=count, flags=flags)
+        frame.shard = shard
+        return frame
+
+    def next_frame(self, shard: int) -> Frame | None:
         """The next STORE; after a failure, once all is answered, what frees the stored again."""
         if self.error is None and not self.abandoned:
-            return super().next_frame()
-        if not self._to_free or (self.in_flight and not self._undoing):
+            return super().next_frame(shard)
+        if self.in_flight and not self._undoing:
+            return None
+        mine = next((stored for stored in self._to_free if stored.shard == shard), None)
+        if mine is None:
             return None
         self._undoing = True
-        stored = self._to_free.pop()
-        return Frame(Op.FREE, stored.targets or [], [], stored.start, stored.stop)
+        self._to_free.remove(mine)
+        return Frame(Op.FREE, mine.targets or [], [], mine.where, count=mine.count)
 
     @property
     def over(self) -> bool:
@@ -284,9 +398,9 @@ class Ask(Call):
         self._flags = flags
         self._answer = b""
 
-    def frame(self, start: int, stop: int) -> Frame:
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
         """The text; count is 0, since there are no pages."""
-        del start, stop
+        del where, count, shard
         assert len(self._text) <= MAX_TEXT_BYTES
         body = [memoryview(self._text)] if self._text else []
         targets: list[View] | None = [] if self.op is Op.PING else None
@@ -302,35 +416,6 @@ class Ask(Call):
         if self.error is not None:
             raise self.error
         return self._answer
-
-
-class Pages:
-    """Whole pages in a caller's buffer; the last may be short and stand in a page of its own.
-
-    Shapes: `whole` is n*4096 bytes; `tail`, if any, is exactly one page.
-    """
-
-    __slots__ = ("count", "tail", "whole")
-
-    def __init__(self, whole: View, tail: View | None = None) -> None:
-        assert whole.nbytes % PAGE_BYTES == 0
-        self.whole = whole
-        self.tail = tail
-        self.count = whole.nbytes // PAGE_BYTES + (tail is not None)
-
-    def cut(self, start: int, stop: int) -> list[View]:
-        """Pages start:stop as views."""
-        views = [self.whole[start * PAGE_BYTES : stop * PAGE_BYTES]]
-        if self.tail is not None and stop == self.count:
-            views.append(self.tail)
-        return views
-
-    def let_go(self) -> None:
-        """Hold the buffer no more, whoever may still hold this object (a traceback, for one)."""
-        self.whole, self.tail = _NOTHING, None
-
-
-_NOTHING: Final = memoryview(b"")
 
 
 def frame_limit(frame_pages: int, max_batch: int, max_frame_bytes: int) -> int:

@@ -11,7 +11,7 @@ Invariants:
 - Requests carry status 0. A reply carries the operation and the request id of its request.
 - Replies come in the order of their requests.
 
-This module must not know sockets, event loops, the engine, or what a slot id means.
+This module must not know sockets, event loops, the engine, or what else a slot id means.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Final
 VERSION: Final = 1
 PAGE_BYTES: Final = 4096
 SLOT_BYTES: Final = 8
+SHARD_SHIFT: Final = 56
+"""A slot's most significant bits name the shard that gave it out."""
 OFFSET_BYTES: Final = 8
 """Where in the window pages lie: bytes from its beginning, whole pages."""
 HEADER: Final = struct.Struct("<IBBHIIQ")

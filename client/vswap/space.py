@@ -4,6 +4,8 @@ Invariants:
 - A store of new pages is all or nothing, of whatever size. For other calls of more than one frame
   (FRAME_PAGES pages) an error says what took effect: `slots` and `done` (see vswap.errors).
 - Calls may come from several threads; they run one after the other.
+- A call of more than one frame uses all shards of the daemon; its results are in the order of its
+  pages all the same.
 - A space lives as long as its connection: closing it frees everything it holds.
 
 This module must not know the wire.
@@ -13,7 +15,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
-from vswap.address import client_name, open_socket
 from vswap.buffers import (
     empty_bytes,
     padded_pages_of,
@@ -21,40 +22,22 @@ from vswap.buffers import (
     slots_of,
     target_of,
 )
-from vswap.connection import Connection
 from vswap.errors import U64
+from vswap.greeting import greet
 from vswap.handle import Form, Receiver, StoredObject, take_apart
-from vswap.peer import Peer, hello, parse_document, parse_hello
-from vswap.planner import Ask, Free, Load, Overwrite, Pages, Store, View
+from vswap.pages import Pages, View
+from vswap.peer import Peer, parse_document
+from vswap.planner import Ask, Free, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
 
 if TYPE_CHECKING:
     import os
 
     from vswap.buffers import Buffer, Slots
+    from vswap.connection import Connection
+    from vswap.window import Window
 
 _B = TypeVar("_B", bound="Buffer")
-
-
-def greet(
-    path: str | os.PathLike[str] | None,
-    timeout: float | None,
-    name: str | None,
-    *,
-    control: bool = False,
-) -> tuple[Connection, Peer]:
-    """An open connection that HELLO has been said on."""
-    sock = open_socket(path, timeout)
-    try:
-        connection = Connection(sock, timeout)
-        call = hello(client_name(name), control=control)
-        connection.run(call)
-        peer = parse_hello(call.result())
-    except BaseException:
-        sock.close()
-        raise
-    connection.conversation.window = peer.window
-    return connection, peer
 
 
 def connect(
@@ -78,15 +61,15 @@ def connect(
         ConnectionRefused: it has as many connections as it takes.
         ProtocolError: what answers is no daemon that this client can talk to.
     """
-    connection, peer = greet(path, timeout, name)
-    return Space(connection, peer)
+    return Space(*greet(path, timeout, name))
 
 
 class Space:
     """One client's set of slots in the daemon. Made by `connect`; a context manager."""
 
-    def __init__(self, connection: Connection, peer: Peer) -> None:
+    def __init__(self, connection: Connection, peer: Peer, window: Window | None) -> None:
         self._connection = connection
+        self._window = window
         self._frame_pages = peer.frame_pages
         self.peer = peer
         """What the daemon said of itself."""
@@ -111,9 +94,9 @@ class Space:
             ConnectionLost: the space is gone.
         """
         call = (
-            Store(pages_of(pages), self._frame_pages)
+            Store(self._located(pages_of(pages)), self._frame_pages)
             if slots is None
-            else Overwrite(slots_of(slots), pages_of(pages), self._frame_pages)
+            else Overwrite(slots_of(slots), self._located(pages_of(pages)), self._frame_pages)
         )
         self._connection.run(call)
         return call.result()
@@ -150,7 +133,7 @@ class Space:
         return fresh
 
     def _load(self, slots: U64, target: Pages) -> None:
-        call = Load(slots, target, self._frame_pages)
+        call = Load(slots, self._located(target), self._frame_pages)
         self._connection.run(call)
         call.result()
 
@@ -173,7 +156,7 @@ class Space:
             BadBuffer: it has no bytes, or they are not all of it (objects, masks).
         """
         content, form = take_apart(source)
-        call = Store(padded_pages_of(content), self._frame_pages)
+        call = Store(self._located(padded_pages_of(content)), self._frame_pages)
         del content  # a traceback must not hold the caller's buffer
         self._connection.run(call)
         return Handle(self, call.result(), form)
@@ -182,6 +165,25 @@ class Space:
         """For Handle: load `slots` into what `receiver` has, and return what that makes of it."""
         self._load(slots, receiver.pages)
         return receiver.finish()
+
+    def buffer(self, n: int) -> View:
+        """Memory for n pages that the daemon can look at itself, if there is some left.
+
+        Pages in it, or in whole pages of it, are stored and loaded without going through the
+        socket. It is memory as any other in all else: n*4096 bytes, writable, content undefined,
+        and free again when nothing looks at it any more. Where the daemon shares no memory, or all
+        of it is lent out, it is memory of this process alone, and everything works all the same.
+
+        Raises:
+            ValueError: n is negative.
+        """
+        if n < 0:
+            raise ValueError(f"a buffer has 0 pages or more, not {n}")
+        lent = self._window.buffer(n) if self._window is not None and n else None
+        return empty_bytes(n * PAGE_BYTES) if lent is None else lent
+
+    def _located(self, pages: Pages) -> Pages:
+        return pages if self._window is None else self._window.locate(pages)
 
     def status(self) -> dict[str, Any]:
         """The daemon's status document, as `vswapctl status --json` prints it."""

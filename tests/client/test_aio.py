@@ -17,6 +17,7 @@ import vswap
 import vswap.aio
 from support.fake_daemon import FakeDaemon
 from vswap.aio_connection import AsyncConnection
+from vswap.aio_lane import AsyncLane
 from vswap.peer import FRAME_PAGES
 from vswap.planner import Call, Load, Pages, Store
 from vswap.protocol import HEADER_BYTES, PAGE_BYTES, Header, Op, Status, pack_header
@@ -212,13 +213,13 @@ def test_a_store_that_was_over_when_cancelled_is_undone(
 
     async def body(space: vswap.aio.Space) -> None:
         connection = space._connection
-        answered = connection._answered
+        answered = connection.answered
 
         def answered_and_cancelled(call: Call) -> None:
             answered(call)
             task.cancel()
 
-        monkeypatch.setattr(connection, "_answered", answered_and_cancelled)
+        monkeypatch.setattr(connection, "answered", answered_and_cancelled)
         task = asyncio.create_task(space.store(bytes(PAGE_BYTES)))
         await asyncio.wait([task])
         assert task.cancelled()
@@ -274,7 +275,7 @@ def test_a_cancelled_store_lets_go_of_its_pages_in_the_middle_of_a_frame(
             task = asyncio.create_task(space.store(mapping))
             other = asyncio.create_task(space.store(bytes(PAGE_BYTES)))
             await asyncio.sleep(0)
-            assert space._connection._buffers  # a frame is half sent
+            assert space._connection._home._buffers  # a frame is half sent
             assert await cancel(task)
             mapping.close()
             daemon.go.set()
@@ -289,6 +290,24 @@ def test_a_cancelled_store_lets_go_of_its_pages_in_the_middle_of_a_frame(
             daemon.go.set()
 
 
+class Owner:
+    """Nobody, until the connection is it."""
+
+    def answered(self, call: Call) -> None:
+        raise AssertionError(call)
+
+    def heard(self) -> None:
+        raise AssertionError
+
+    def lose(self, error: vswap.VswapError) -> None:
+        raise AssertionError from error
+
+
+async def no_lane(shard: int) -> AsyncLane:
+    """A daemon of one shard is asked for no other."""
+    raise AssertionError(shard)
+
+
 def test_full_buffers_on_both_sides_do_not_block(socket_path: Path) -> None:
     """Through the smallest socket buffers, with a wide window, everything gets through."""
     with FakeDaemon(socket_path):
@@ -298,8 +317,9 @@ def test_full_buffers_on_both_sides_do_not_block(socket_path: Path) -> None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
             sock.connect(str(socket_path))
             sock.setblocking(False)
-            connection = AsyncConnection(sock, 30)
-            connection.conversation.window = 1000
+            lane = AsyncLane(sock, Owner())
+            lane.conversation.window = 1000
+            connection = AsyncConnection(lane, 1, 30, no_lane)
             content = random_pages(2000)
             store = Store(Pages(memoryview(content)), 1)
             await connection.run(store)

@@ -108,7 +108,7 @@ def test_padding_fills_the_last_page_with_zeros(size: int) -> None:
     content = bytes(n % 251 + 1 for n in range(size))
     pages = padded_pages_of(memoryview(content))
     assert pages.count == -(-size // PAGE_BYTES)
-    joined = b"".join(pages.cut(0, pages.count))
+    joined = b"".join(pages.cut(slice(0, pages.count)))
     assert joined == content + bytes(-size % PAGE_BYTES)
 
 

@@ -17,6 +17,7 @@ import pytest
 import vswap
 from support.fake_daemon import HELLO, FakeDaemon
 from vswap.connection import Connection
+from vswap.lane import Lane
 from vswap.peer import FRAME_PAGES
 from vswap.planner import Load, Pages, Store
 from vswap.protocol import HEADER_BYTES, PAGE_BYTES, Header, Op, Status, pack_header
@@ -231,6 +232,17 @@ def test_silence_is_timed_out(socket_path: Path, op: Op) -> None:
         assert isinstance(caught.value, vswap.TimedOut)
 
 
+def alone(sock: socket.socket, timeout: float) -> Connection:
+    """A connection over one socket, with room for many requests."""
+
+    def no_lane(shard: int) -> Lane:
+        raise AssertionError(shard)
+
+    lane = Lane(sock, timeout)
+    lane.conversation.window = 1000
+    return Connection(lane, 1, timeout, no_lane)
+
+
 def test_a_daemon_that_does_not_read_is_timed_out(socket_path: Path) -> None:
     """Sending to nobody ends after the timeout too."""
     with socket.socket(socket.AF_UNIX) as listener:
@@ -238,8 +250,7 @@ def test_a_daemon_that_does_not_read_is_timed_out(socket_path: Path) -> None:
         listener.listen()
         client = socket.socket(socket.AF_UNIX)
         client.connect(str(socket_path))
-        connection = Connection(client, 0.05)
-        connection.conversation.window = 1000
+        connection = alone(client, 0.05)
         with pytest.raises(vswap.TimedOut):
             connection.run(Store(Pages(memoryview(bytes(PAGE_BYTES * 4096))), 64))
         assert connection.closed
@@ -267,8 +278,7 @@ def test_full_buffers_on_both_sides_do_not_block(socket_path: Path, frame_pages:
         sock = socket.socket(socket.AF_UNIX)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
         sock.connect(str(socket_path))
-        connection = Connection(sock, 30)
-        connection.conversation.window = 1000
+        connection = alone(sock, 30)
         count = 3000
         content = np.random.default_rng(1).bytes(count * PAGE_BYTES)
         store = Store(Pages(memoryview(content)), frame_pages)
@@ -389,5 +399,5 @@ def test_hello_says_who_calls(socket_path: Path) -> None:
             yield from super().answer(header, body)
 
     with Listening(socket_path), vswap.connect(socket_path, name="probe"):
-        assert json.loads(said[0]) == {"client": f"probe {os.getpid()}"}
+        assert json.loads(said[0])["client"] == f"probe {os.getpid()}"
     assert HELLO["version"] == 1

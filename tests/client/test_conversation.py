@@ -63,8 +63,8 @@ def test_replies_may_come_in_pieces_of_any_size(sizes: list[int]) -> None:
     """Wherever the stream is cut, every page lands in its place."""
     conversation = Conversation(window=8)
     call, target = load_call(3, 2)
-    assert conversation.request(call)
-    assert conversation.request(call)
+    assert conversation.request(call, 0)
+    assert conversation.request(call, 0)
     content = [bytes([n]) * PAGE_BYTES for n in (1, 2, 3)]
     stream = reply(Op.LOAD, 1, content[0] + content[1], count=2)
     stream += reply(Op.LOAD, 2, content[2], count=1)
@@ -79,7 +79,7 @@ def test_requests_carry_count_flags_and_a_new_id_each() -> None:
     call = Store(Pages(memoryview(bytes(3 * PAGE_BYTES))), 2)
     headers = []
     for _ in range(2):
-        buffers = conversation.request(call)
+        buffers = conversation.request(call, 0)
         assert buffers
         headers.append(parse_header(bytes(buffers[0]), 0, 1 << 30))
         assert sum(map(len, buffers)) == headers[-1].length
@@ -93,13 +93,13 @@ def test_the_window_bounds_what_is_unanswered() -> None:
     """With two of two requests unanswered the next must wait for a reply."""
     conversation = Conversation(window=2)
     call, _ = load_call(3, 1)
-    assert conversation.request(call)
+    assert conversation.request(call, 0)
     assert not conversation.full
-    assert conversation.request(call)
+    assert conversation.request(call, 0)
     assert conversation.full
-    assert conversation.request(call) is None
+    assert conversation.request(call, 0) is None
     feed(conversation, reply(Op.LOAD, 1, bytes(PAGE_BYTES), count=1))
-    assert conversation.request(call)
+    assert conversation.request(call, 0)
 
 
 def test_a_typed_error_leaves_the_conversation_in_step() -> None:
@@ -107,8 +107,8 @@ def test_a_typed_error_leaves_the_conversation_in_step() -> None:
     conversation = Conversation(window=8)
     failing, _ = load_call(2)
     good, target = load_call(1)
-    conversation.request(failing)
-    conversation.request(good)
+    conversation.request(failing, 0)
+    conversation.request(good, 0)
     lost = error_body("the device is broken", slots_bytes(1))
     feed(conversation, reply(Op.LOAD, 1, lost, status=Status.PAGE_LOST, count=1))
     feed(conversation, reply(Op.LOAD, 2, b"p" * PAGE_BYTES, count=1))
@@ -124,7 +124,7 @@ def test_a_rejection_carries_its_reason() -> None:
     """The flags of a REJECTED reply become the reason's word."""
     conversation = Conversation()
     call = Store(Pages(memoryview(bytes(PAGE_BYTES))), 64)
-    conversation.request(call)
+    conversation.request(call, 0)
     text = error_body("no room in 4 MB")
     feed(
         conversation,
@@ -157,7 +157,7 @@ def test_nonsense_is_a_protocol_error(stream: bytes, says: str) -> None:
     """Whatever cannot be the next reply is refused at once, with what is wrong about it."""
     conversation = Conversation()
     call, _ = load_call(1)
-    conversation.request(call)
+    conversation.request(call, 0)
     with pytest.raises(vswap.ProtocolError, match=says):
         feed(conversation, stream)
 
@@ -174,7 +174,7 @@ def test_a_closing_error_ends_the_conversation(status: Status, asked: bool) -> N
     """A closing status is raised at once, as answer to a request or to none."""
     conversation = Conversation()
     if asked:
-        conversation.request(load_call(1)[0])
+        conversation.request(load_call(1)[0], 0)
     stream = reply(Op.LOAD if asked else 0, 1 if asked else 0, b"the end", status=status)
     with pytest.raises((vswap.ConnectionLost, vswap.ProtocolError), match="the end"):
         feed(conversation, stream)
@@ -184,7 +184,7 @@ def test_an_unknown_status_is_an_error_of_its_request_only() -> None:
     """A newer daemon's status does not end the connection."""
     conversation = Conversation()
     call = Ask(Op.STATUS)
-    conversation.request(call)
+    conversation.request(call, 0)
     feed(conversation, reply(Op.STATUS, 1, b"new", status=0x2FF))
     with pytest.raises(vswap.NotUnderstood, match="0x2ff: new"):
         call.result()
@@ -195,7 +195,7 @@ def test_an_unknown_reason_is_a_rejection_nevertheless() -> None:
     """A newer daemon's reason is still a page not taken."""
     conversation = Conversation()
     call = Store(Pages(memoryview(bytes(PAGE_BYTES))), 64)
-    conversation.request(call)
+    conversation.request(call, 0)
     feed(conversation, reply(Op.STORE, 1, b"moon", status=Status.REJECTED, flags=99))
     with pytest.raises(vswap.Rejected, match="moon") as caught:
         call.result()
@@ -209,7 +209,7 @@ def test_an_abandoned_load_touches_its_target_no_more(arrived: int) -> None:
     call, target = load_call(3, 2)
     after = Ask(Op.PING)
     for each in (call, call, after):
-        conversation.request(each)
+        conversation.request(each, 0)
     stream = reply(Op.LOAD, 1, b"x" * 2 * PAGE_BYTES, count=2)
     stream += reply(Op.LOAD, 2, b"y" * PAGE_BYTES, count=1) + reply(Op.PING, 3)
     feed(conversation, stream[:arrived])
@@ -226,7 +226,7 @@ def test_a_sent_frame_holds_no_pages() -> None:
     conversation = Conversation()
     buffer = bytearray(PAGE_BYTES)
     call = Store(Pages(memoryview(buffer)), 64)
-    buffers = conversation.request(call)
+    buffers = conversation.request(call, 0)
     call.release()
     del buffers
     buffer.extend(b"x")

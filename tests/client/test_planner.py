@@ -20,7 +20,7 @@ def slots(*numbers: int) -> vswap.errors.U64:
 
 def send_all(call: Call) -> list[Frame]:
     frames = []
-    while (frame := call.next_frame()) is not None:
+    while (frame := call.next_frame(0)) is not None:
         call.in_flight += 1
         frames.append(frame)
     return frames
@@ -47,7 +47,7 @@ def test_a_call_is_cut_into_frames_of_the_given_size() -> None:
     """Ten pages in frames of four are three requests, the last with two pages."""
     call = Store(pages(10), 4)
     frames = send_all(call)
-    assert [(frame.start, frame.stop, frame.count) for frame in frames] == [
+    assert [(frame.where.start, frame.where.stop, frame.count) for frame in frames] == [
         (0, 4, 4),
         (4, 8, 4),
         (8, 10, 2),
@@ -59,7 +59,7 @@ def test_a_call_is_cut_into_frames_of_the_given_size() -> None:
 def test_the_cut_copies_no_pages() -> None:
     """A frame's body looks into the caller's buffer."""
     buffer = bytearray(3 * PAGE_BYTES)
-    frame = Store(Pages(memoryview(buffer)), 2).next_frame()
+    frame = Store(Pages(memoryview(buffer)), 2).next_frame(0)
     assert frame is not None
     buffer[0] = 77
     assert frame.body[0][0] == 77
@@ -108,18 +108,18 @@ def test_loads_land_where_they_belong() -> None:
 @pytest.mark.parametrize("call", [Store(pages(0), 4), Free(slots(), 4)])
 def test_no_pages_are_no_frames(call: Call) -> None:
     """A call of nothing is over before it begins."""
-    assert call.next_frame() is None
+    assert call.next_frame(0) is None
     assert call.over
 
 
 def test_after_a_failure_no_more_is_sent() -> None:
     """The first refusal ends the row of requests."""
     call = Free(slots(*range(8)), 2)
-    first = call.next_frame()
+    first = call.next_frame(0)
     assert first is not None
     call.in_flight += 1
     refuse(call, first, vswap.BadSlot("no", slots(1)))
-    assert call.next_frame() is None
+    assert call.next_frame(0) is None
     assert call.over
 
 
@@ -152,10 +152,10 @@ def test_undoing_waits_for_all_answers() -> None:
     frames = send_all(call)
     accept(call, frames[0], 10)
     refuse(call, frames[1], rejected())
-    assert call.next_frame() is None
+    assert call.next_frame(0) is None
     assert not call.over
     accept(call, frames[2], 12)
-    assert call.next_frame() is not None
+    assert call.next_frame(0) is not None
 
 
 def test_an_undoing_that_fails_is_told_in_the_error() -> None:
@@ -175,11 +175,11 @@ def test_an_undoing_that_fails_is_told_in_the_error() -> None:
 def test_an_abandoned_store_is_undone() -> None:
     """A call that nobody waits for sends no more and frees what it had stored."""
     call = Store(pages(3), 1)
-    frame = call.next_frame()
+    frame = call.next_frame(0)
     assert frame is not None
     call.in_flight += 1
     call.abandon()
-    assert call.next_frame() is None
+    assert call.next_frame(0) is None
     accept(call, frame, 10)
     (undo,) = send_all(call)
     assert bytes(undo.body[0]) == slots(10).tobytes()

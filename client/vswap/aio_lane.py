@@ -1,0 +1,221 @@
+"""A lane in an event loop: one socket to one shard, sent to and read from as it allows.
+
+Theory: calls wait in `_queue`, the first sends its frames while the lane has room. Readiness of
+the socket drives everything, by add_reader and add_writer: frames go out with sendmsg and replies
+come straight into their results, where asyncio's transports and streams would copy both.
+
+Invariants:
+- A call that has frames left to send on this lane is in `_queue`. One that must undo itself is put
+  back into it.
+- Once the lane is closed nothing of it is registered with the loop.
+
+This module must not know what the calls mean, or that there are other lanes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, Final, Protocol
+
+from vswap.address import Candidate, Search, unconnected_socket
+from vswap.conversation import Conversation
+from vswap.errors import ConnectionLost, VswapError
+from vswap.window import receive
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vswap.pages import View
+    from vswap.planner import Call
+
+_GATHER_BYTES: Final = 65536
+"""Small requests are sent together up to this many bytes, to save system calls."""
+_GATHER_BUFFERS: Final = 512
+"""... and up to this many of their pieces; the kernel takes 1024 (IOV_MAX)."""
+_READ_BYTES: Final = 1 << 20
+"""Most bytes read before the loop's other work has its turn."""
+_RETRY_S: Final = 0.01
+"""Pause before the next try when the daemon's queue of new connections is full: the kernel tells of
+no event for that."""
+
+
+async def open_async(
+    path: str | os.PathLike[str] | None, silence_s: float | None
+) -> tuple[socket.socket, Path]:
+    """A connected, non-blocking socket to the first daemon that answers, and where that is.
+
+    Raises:
+        NoDaemon: none does.
+    """
+    search = Search(path, silence_s)
+    for candidate in search.places:
+        try:
+            sock = unconnected_socket(candidate)
+        except OSError as error:
+            search.note(candidate, error)
+            continue
+        try:
+            sock.setblocking(False)
+            async with asyncio.timeout(silence_s):
+                await _connect(sock, candidate)
+        except OSError as error:
+            sock.close()
+            search.note(candidate, error)
+        except BaseException:
+            sock.close()
+            raise
+        else:
+            return sock, candidate.path.absolute()
+    raise search.failure()
+
+
+async def _connect(sock: socket.socket, candidate: Candidate) -> None:
+    while True:
+        try:
+            sock.connect(os.fspath(candidate.path))
+        except BlockingIOError:
+            await asyncio.sleep(_RETRY_S)
+        else:
+            return
+
+
+class Owner(Protocol):
+    """Whom a lane tells what happens."""
+
+    def answered(self, call: Call) -> None:
+        """A reply for the call has come."""
+
+    def heard(self) -> None:
+        """Something has come."""
+
+    def lose(self, error: VswapError) -> None:
+        """The lane is of no more use."""
+
+
+class AsyncLane:
+    """One connected, non-blocking socket, owned, and the conversation over it."""
+
+    def __init__(self, sock: socket.socket, owner: Owner) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sock = sock
+        self.owner = owner
+        """Whom to tell."""
+        self.shard = 0
+        """Which shard answers. Written by whoever has said HELLO."""
+        self.conversation: Final = Conversation()
+        self._queue: deque[Call] = deque()
+        self._buffers: list[View] = []
+        """What is being sent, in order."""
+        self._writer_added = False
+        self._mute = False
+        """The daemon reads no more; what it said before is still to be read."""
+        self._closed = False
+        self._unheard = True
+        self.descriptor: int | None = None
+        """What came with the first bytes. Whoever has said HELLO takes it, or closes it."""
+        self._loop.add_reader(sock, self._read)
+
+    def put(self, call: Call) -> None:
+        """Send what the call has for this lane, after the calls before it."""
+        self._queue.append(call)
+        self._write()
+
+    def abandon(self, call: Call) -> None:
+        """The caller is gone; his buffers are his again."""
+        self.conversation.abandon(call)
+        # Some of what is being sent may be his; it cannot be left out any more, so it is copied.
+        self._buffers = [memoryview(bytes(view)) for view in self._buffers]
+
+    def close(self) -> None:
+        """Close the socket, and let go of the calls."""
+        self._closed = True
+        self._loop.remove_reader(self._sock)
+        if self._writer_added:
+            self._loop.remove_writer(self._sock)
+        self._sock.close()
+        self._queue.clear()
+        self._buffers.clear()
+        self.conversation.end()
+
+    def _write(self) -> None:
+        """Send what can be sent now."""
+        while not self._mute and not self._closed:
+            self._gather()
+            if not self._buffers:
+                break
+            try:
+                sent = self._sock.sendmsg(self._buffers, (), socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                if not self._writer_added:
+                    self._loop.add_writer(self._sock, self._write)
+                    self._writer_added = True
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                # The reader will meet the end too, behind the daemon's last words.
+                self._mute = True
+                break
+            except OSError as error:
+                self.owner.lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
+                return
+            self._drop(sent)
+        if self._writer_added and not self._closed:
+            self._loop.remove_writer(self._sock)
+            self._writer_added = False
+
+    def _gather(self) -> None:
+        """Fill up `_buffers` with the next frames."""
+        pending = sum(map(len, self._buffers))
+        while self._queue and pending < _GATHER_BYTES and len(self._buffers) < _GATHER_BUFFERS:
+            frame = self.conversation.request(self._queue[0], self.shard)
+            if frame is not None:
+                self._buffers += frame
+                pending += sum(map(len, frame))
+            elif self.conversation.full:
+                return
+            else:
+                self._queue.popleft()
+
+    def _drop(self, sent: int) -> None:
+        buffers, done = self._buffers, 0
+        while done < len(buffers) and sent >= len(buffers[done]):
+            sent -= len(buffers[done])
+            done += 1
+        del buffers[:done]
+        if sent:
+            buffers[0] = buffers[0][sent:]
+
+    def _read(self) -> None:
+        """Take what has arrived; then send what the answers made room for."""
+        self.owner.heard()
+        try:
+            self._take()
+        except BlockingIOError:
+            pass
+        except VswapError as error:
+            self.owner.lose(error)
+            return
+        except OSError as error:
+            self.owner.lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
+            return
+        self._write()
+
+    def _take(self) -> None:
+        conversation, left = self.conversation, _READ_BYTES
+        while left > 0:
+            wanted = conversation.wanted
+            if self._unheard:
+                count, self.descriptor = receive(self._sock, wanted)
+                self._unheard = False
+            else:
+                count = self._sock.recv_into(wanted)
+            if not count:
+                raise ConnectionLost("the daemon closed the connection (did it stop, or die?)")
+            call = conversation.arrived(count)
+            if call is not None:
+                self.owner.answered(call)
+            if count < len(wanted):
+                return  # there is no more
+            left -= count

@@ -1,0 +1,120 @@
+"""The client's side of a window: memory that it shares with one shard of the daemon.
+
+Pages in it need not go through the socket. `Window.buffer` lends parts of it out; a part comes back
+when nothing looks at it any more.
+
+Invariants:
+- A part is lent to one borrower at a time.
+- The memory stays mapped as long as anything looks at it, also after the connection has ended.
+- Returning a part takes no lock: it happens wherever the interpreter drops the last reference.
+
+This module must not know frames, or whether the caller waits or awaits.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import mmap
+import os
+import socket
+import threading
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from vswap.protocol import PAGE_BYTES
+
+if TYPE_CHECKING:
+    from vswap.pages import Pages, View
+
+WINDOW_BYTES: Final = 4 << 20
+"""What a client wishes for: a few large calls' worth. It costs nothing until it is written to."""
+
+
+class Window:
+    """`size` bytes, mapped; whole pages.
+
+    Args:
+        fd: The memory file that came with the daemon's answer; closed here.
+        size: Its size.
+        shard: Which shard looks at it.
+
+    Raises:
+        OSError: it cannot be mapped.
+    """
+
+    def __init__(self, fd: int, size: int, shard: int) -> None:
+        try:
+            self._memory = np.frombuffer(mmap.mmap(fd, size), np.uint8)
+        finally:
+            os.close(fd)
+        self._shard = shard
+        self._address = self._memory.ctypes.data
+        self._lock = threading.Lock()
+        self._lent = bytearray(size // PAGE_BYTES)
+        """Per page: 1 if it is lent."""
+        self._returned: deque[tuple[int, int]] = deque()
+
+    def buffer(self, pages: int) -> View | None:
+        """Memory for `pages` pages, its content undefined; None: there is no such part left."""
+        with self._lock:
+            while self._returned:
+                start, count = self._returned.popleft()
+                self._lent[start : start + count] = bytes(count)
+            start = self._lent.find(bytes(pages))
+            if start < 0:
+                return None
+            self._lent[start : start + pages] = b"\1" * pages
+        part = self._memory[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
+        # Views keep the object alive that they were made from: this one, not the whole window.
+        keeper = np.frombuffer(part, np.uint8)
+        weakref.finalize(keeper, self._returned.append, (start, pages)).atexit = False
+        return keeper.data
+
+    def locate(self, pages: Pages) -> Pages:
+        """Note in `pages` where in the window they are, if they are in it. Returns them."""
+        whole = pages.whole
+        if whole.nbytes:
+            address = np.frombuffer(whole, np.uint8).ctypes.data
+            offset = address - self._address
+            inside = offset >= 0 and offset + whole.nbytes <= self._memory.nbytes
+            if inside and offset % PAGE_BYTES == 0:
+                pages.place = (self._shard, offset)
+        return pages
+
+
+def receive(sock: socket.socket, wanted: View) -> tuple[int, int | None]:
+    """Receive bytes, and the descriptor that may come with them.
+
+    Raises:
+        OSError: as recvmsg(2).
+    """
+    count, ancillary, _, _ = sock.recvmsg_into(
+        [wanted], socket.CMSG_SPACE(_INT_BYTES), socket.MSG_CMSG_CLOEXEC
+    )
+    found = None
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors = array.array("i", data[: len(data) - len(data) % _INT_BYTES])
+            for descriptor in descriptors[1:]:
+                os.close(descriptor)
+            found = descriptors[0]
+    return count, found
+
+
+def window_of(descriptor: int | None, size: int, shard: int) -> Window | None:
+    """The window that came with HELLO's answer; None: none did, or it cannot be used."""
+    if descriptor is None:
+        return None
+    if not size or size % PAGE_BYTES:
+        os.close(descriptor)
+        return None
+    with contextlib.suppress(OSError, ValueError):
+        return Window(descriptor, size, shard)
+    return None
+
+
+_INT_BYTES: Final = array.array("i").itemsize

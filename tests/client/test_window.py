@@ -1,0 +1,303 @@
+"""Memory that client and daemon share: lent, used, given back, and done without."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import mmap
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vswap
+import vswap.aio
+from support.daemon import RunningDaemon, running_daemon
+from support.fake_daemon import FakeDaemon
+from vswap.pages import Pages, View
+from vswap.planner import Load, Overwrite, Store
+from vswap.protocol import PAGE_BYTES, Flag, Op
+from vswap.window import Window, window_of
+
+SIZE = 64 * PAGE_BYTES
+
+
+@pytest.fixture(scope="module", params=["1", "3"])
+def daemon(request: pytest.FixtureRequest) -> Iterator[RunningDaemon]:
+    with running_daemon(f"server.shards={request.param}", "pool.max=64M") as running:
+        yield running
+
+
+@pytest.fixture
+def space(daemon: RunningDaemon) -> Iterator[vswap.Space]:
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        yield space
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(count * PAGE_BYTES)
+
+
+def window() -> Window:
+    fd = os.memfd_create("window")
+    os.ftruncate(fd, SIZE)
+    return Window(fd, SIZE, 2)
+
+
+def place(window: Window, view: View) -> tuple[int, int] | None:
+    return window.locate(Pages(view)).place
+
+
+# Through a daemon
+
+
+def test_pages_of_the_window_come_back(space: vswap.Space) -> None:
+    """Store, overwrite, load and put, with buffers of the window and others, in any mixture."""
+    content = noise(100)
+    out = space.buffer(100)
+    assert space._window is not None
+    assert place(space._window, out) is not None
+    out[:] = content
+    slots = space.store(out)
+    out[:] = bytes(len(out))
+    assert space.load(slots) == content
+    back = space.buffer(100)
+    assert space.load(slots, into=back) is back
+    assert back == content
+    out[:] = content[::-1]
+    space.store(out, slots=slots)
+    assert space.load(slots, into=bytearray(len(out))) == content[::-1]
+    with space.put(out) as handle:
+        into = space.buffer(100)
+        assert handle.get(into=into) is into
+        assert into == content[::-1]
+
+
+def test_large_calls_use_window_and_socket_together(space: vswap.Space) -> None:
+    """A buffer of all the window, over all shards, slots in any order."""
+    count = 1024
+    rows = np.frombuffer(noise(count), np.uint8).reshape(-1, PAGE_BYTES)
+    out = space.buffer(count)
+    assert space._window is not None
+    assert place(space._window, out) is not None
+    view = np.frombuffer(out, np.uint8).reshape(-1, PAGE_BYTES)
+    view[:] = rows
+    slots = space.store(out)
+    order = np.random.default_rng(1).permutation(count)
+    space.load(slots[order], into=out)
+    assert (view == rows[order]).all()
+    space.store(out, slots=slots)
+    space.load(slots, into=out)
+    assert (view == rows[order]).all()
+
+
+def test_pieces_of_a_buffer_are_in_the_window_too(space: vswap.Space) -> None:
+    """Whole pages of it go by the window; what begins between pages goes by the socket."""
+    buffer = space.buffer(10)
+    assert space._window is not None
+    buffer[:] = content = noise(10)
+    piece = buffer[3 * PAGE_BYTES : 7 * PAGE_BYTES]
+    assert place(space._window, piece) is not None
+    odd = buffer[5 : 5 + PAGE_BYTES]
+    assert place(space._window, odd) is None
+    assert space.load(space.store(piece)) == content[3 * PAGE_BYTES : 7 * PAGE_BYTES]
+    assert space.load(space.store(odd)) == content[5 : 5 + PAGE_BYTES]
+    slots = space.store(buffer)
+    assert space.load(slots[:1], into=odd) is odd
+    assert odd == content[:PAGE_BYTES]
+
+
+def test_a_short_object_in_the_window_keeps_its_last_bytes(space: vswap.Space) -> None:
+    """The last, short page is sent beside the whole ones, which are in the window."""
+    buffer = space.buffer(4)
+    buffer[:] = noise(4)
+    piece = buffer[: 3 * PAGE_BYTES + 5]
+    with space.put(piece) as handle:
+        assert handle.get() == piece
+
+
+def test_when_all_is_lent_out_memory_is_had_elsewhere(space: vswap.Space) -> None:
+    """A buffer that does not fit is ordinary memory; given back, the window is there again."""
+    assert space._window is not None
+    first = space.buffer(1000)
+    second = space.buffer(1000)
+    assert place(space._window, first) is not None
+    assert place(space._window, second) is None
+    second[:] = noise(1000)
+    assert space.load(space.store(second), into=first) == second
+    del first
+    gc.collect()
+    third = space.buffer(1000)
+    assert place(space._window, third) is not None
+    assert space.buffer(0).nbytes == 0
+    with pytest.raises(ValueError, match="0 pages or more"):
+        space.buffer(-1)
+
+
+def test_a_daemon_that_shares_no_memory_serves_as_well() -> None:
+    """With server.window = 0, or from a daemon that knows no windows, buffers are ordinary."""
+    with running_daemon("server.window=0") as daemon, vswap.connect(daemon.socket_path) as space:
+        assert space._window is None
+        buffer = space.buffer(5)
+        buffer[:] = noise(5)
+        assert space.load(space.store(buffer)) == buffer
+
+
+def test_an_old_daemon_serves_as_well(fake: FakeDaemon) -> None:
+    """A daemon that ignores the wish sends no descriptor."""
+    with vswap.connect(fake.path, timeout=30) as space:
+        buffer = space.buffer(5)
+        buffer[:] = noise(5)
+        assert space.load(space.store(buffer)) == buffer
+    assert not any(each.flags & Flag.WINDOW for each in fake.requests)
+
+
+def test_buffers_outlive_their_space(daemon: RunningDaemon) -> None:
+    """Closing the space takes no memory away that somebody looks at."""
+    with vswap.connect(daemon.socket_path) as space:
+        buffer = space.buffer(3)
+        buffer[:] = noise(3)
+    assert buffer == noise(3)
+
+
+def test_the_window_leaves_no_descriptor_and_no_mapping(daemon: RunningDaemon) -> None:
+    """Spaces that come and go leave nothing in this process."""
+
+    def mappings() -> int:
+        with open("/proc/self/maps") as maps:
+            return sum("vswapd-window" in line for line in maps)
+
+    before = len(os.listdir("/proc/self/fd")), mappings()
+    for _ in range(5):
+        with vswap.connect(daemon.socket_path) as space:
+            space.store(space.buffer(3))
+        del space
+    gc.collect()
+    assert (len(os.listdir("/proc/self/fd")), mappings()) == before
+
+
+def test_the_same_for_asyncio(daemon: RunningDaemon) -> None:
+    """Tasks with buffers of their own; a cancelled load's buffer is not lent again too early."""
+
+    async def one(space: vswap.aio.Space, seed: int) -> None:
+        buffer = space.buffer(80)
+        buffer[:] = content = noise(80, seed)
+        slots = await space.store(buffer)
+        into = space.buffer(80)
+        await space.load(slots, into=into)
+        assert into == content
+
+    async def main() -> None:
+        async with vswap.aio.connect(daemon.socket_path, timeout=30) as space:
+            assert space._window is not None
+            await asyncio.gather(*(one(space, seed) for seed in range(6)))
+            slots = await space.store(noise(500))
+            for _ in range(20):
+                task = asyncio.create_task(space.load(slots, into=space.buffer(500)))
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+                del task
+                other = space.buffer(500)
+                other[:] = bytes(other.nbytes)
+                await space.ping()
+                assert not any(other)
+
+    asyncio.run(main())
+
+
+# The window by itself
+
+
+def test_frames_in_the_window_carry_an_offset_and_no_pages() -> None:
+    """To the window's shard; to any other the pages themselves."""
+    shared = window()
+    view = shared.buffer(8)
+    assert view is not None
+    located = place(shared, view)
+    assert located is not None
+    slots = (np.uint64(2) << np.uint64(56)) + np.arange(8, dtype=np.uint64)
+    for call in (
+        Store(shared.locate(Pages(view)), 4),
+        Overwrite(slots, shared.locate(Pages(view)), 4),
+        Load(slots, shared.locate(Pages(view)), 4),
+    ):
+        for at in (0, 4):
+            frame = call.next_frame(2)
+            assert frame is not None
+            assert frame.flags & Flag.WINDOW
+            body = b"".join(frame.body)
+            assert int.from_bytes(body[:8], "little") == located[1] + at * PAGE_BYTES
+            named = b"" if call.op is Op.STORE and not isinstance(call, Overwrite) else None
+            assert body[8:] == (slots[at : at + 4].tobytes() if named is None else named)
+    elsewhere = Store(shared.locate(Pages(view)), 4).next_frame(1)
+    assert elsewhere is not None
+    assert not elsewhere.flags
+    assert sum(map(len, elsewhere.body)) == 4 * PAGE_BYTES
+
+
+def test_other_memory_is_not_in_the_window() -> None:
+    """Neither memory elsewhere, nor what reaches beyond its end."""
+    shared = window()
+    assert place(shared, memoryview(bytearray(SIZE))) is None
+    assert place(shared, memoryview(b"")) is None
+    with mmap.mmap(-1, SIZE) as other:
+        view = memoryview(other)
+        assert place(shared, view) is None
+        view.release()
+
+
+@given(st.lists(st.one_of(st.integers(1, 40), st.none()), max_size=40))
+def test_a_part_is_lent_once(steps: list[int | None]) -> None:
+    """Whatever is taken and given back in whatever order, no two borrowers share a page."""
+    shared = window()
+    held: list[tuple[View, int]] = []
+    for number, step in enumerate(steps):
+        if step is None:
+            if held:
+                lent, mark = held.pop(number % len(held))
+                assert set(lent) == {mark}
+                del lent
+            continue
+        lent = shared.buffer(step)
+        free = 64 - sum(view.nbytes // PAGE_BYTES for view, _ in held)
+        if lent is None:
+            assert step > free or held
+            continue
+        assert place(shared, lent) is not None
+        lent[:] = bytes([number % 256]) * lent.nbytes
+        held.append((lent, number % 256))
+        del lent
+    assert all(set(view) == {mark} for view, mark in held)
+    held.clear()
+    assert shared.buffer(64) is not None
+
+
+def test_a_part_comes_back_when_its_last_view_goes() -> None:
+    """An array over a slice of a buffer keeps the whole buffer."""
+    shared = window()
+    view = shared.buffer(64)
+    assert view is not None
+    array = np.frombuffer(view[PAGE_BYTES : 2 * PAGE_BYTES], np.uint8)[5:]
+    del view
+    assert shared.buffer(1) is None
+    del array
+    assert shared.buffer(64) is not None
+
+
+def test_a_window_that_is_none_is_done_without() -> None:
+    """No descriptor, a size that makes no sense, a file that cannot be mapped: no window."""
+    assert window_of(None, SIZE, 0) is None
+    for size in (0, 100):
+        fd = os.memfd_create("odd")
+        assert window_of(fd, size, 0) is None
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    reader, writer = os.pipe()
+    assert window_of(reader, SIZE, 0) is None
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reader)
+    os.close(writer)

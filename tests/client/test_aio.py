@@ -18,8 +18,9 @@ import vswap.aio
 from support.fake_daemon import FakeDaemon
 from vswap.aio_connection import AsyncConnection
 from vswap.aio_lane import AsyncLane
+from vswap.pages import Pages
 from vswap.peer import FRAME_PAGES
-from vswap.planner import Call, Load, Pages, Store
+from vswap.planner import Call, Load, Store
 from vswap.protocol import HEADER_BYTES, PAGE_BYTES, Header, Op, Status, pack_header
 
 MANY = 5 * FRAME_PAGES + 3

@@ -18,8 +18,9 @@ import vswap
 from support.fake_daemon import HELLO, FakeDaemon
 from vswap.connection import Connection
 from vswap.lane import Lane
+from vswap.pages import Pages
 from vswap.peer import FRAME_PAGES
-from vswap.planner import Load, Pages, Store
+from vswap.planner import Load, Store
 from vswap.protocol import HEADER_BYTES, PAGE_BYTES, Header, Op, Status, pack_header
 
 LOST = (vswap.ConnectionLost, vswap.ProtocolError)

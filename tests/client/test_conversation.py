@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import vswap
 from vswap.conversation import Conversation
-from vswap.planner import Ask, Call, Load, Pages, Store
+from vswap.pages import Pages
+from vswap.planner import Ask, Call, Load, Store
 from vswap.protocol import (
     HEADER_BYTES,
     MAX_TEXT_BYTES,

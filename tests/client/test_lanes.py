@@ -287,7 +287,7 @@ def test_every_page_goes_to_its_shard_once(
 ) -> None:
     """Whatever the mixture, each slot is in one frame of its own shard, in rising order there."""
     shard_of = np.array(data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count)))
-    slots = (shard_of.astype(np.uint64) << np.uint64(56)) + np.arange(count, dtype=np.uint64)
+    slots = np.arange(count, dtype=np.uint64) | (shard_of.astype(np.uint64) << np.uint64(56))
     home = data.draw(st.integers(0, shards - 1))
     content = np.random.default_rng(0).integers(0, 256, (count, PAGE_BYTES), np.uint8)
     target = bytearray(count * PAGE_BYTES)

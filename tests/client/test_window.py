@@ -258,9 +258,9 @@ def test_a_part_is_lent_once(steps: list[int | None]) -> None:
     for number, step in enumerate(steps):
         if step is None:
             if held:
-                lent, mark = held.pop(number % len(held))
-                assert set(lent) == {mark}
-                del lent
+                returned, mark = held.pop(number % len(held))
+                assert set(returned) == {mark}
+                del returned
             continue
         lent = shared.buffer(step)
         free = 64 - sum(view.nbytes // PAGE_BYTES for view, _ in held)

@@ -30,21 +30,22 @@ class VswapdPeer(Peer):
 
     name = "vswapd"
     what = "vswapd, Unix socket"
-    window = False
 
     def __init__(self) -> None:
         self._server: Server | None = None
         self._watching: vswap.Space | None = None
 
     def start(self, plan: Plan) -> None:
-        if self.window and not hasattr(vswap.Space, "buffer"):
-            raise MissingError("the client library has no shared-memory window")
         path = plan.directory / f"{self.name}.sock"
         config = path.with_suffix(".toml")
         config.touch()  # an empty one: not what this machine's administrator has set
-        settings = {"server.socket": path, "pool.max": max(_POOL_BYTES, 4 * plan.bytes_in_all)}
+        settings: dict[str, object] = {
+            "server.socket": path,
+            "pool.max": max(_POOL_BYTES, 4 * plan.bytes_in_all),
+        }
         if "server.shards" in KEYS:
             settings["server.shards"] = self.shards(plan)
+        settings |= self.more_settings(plan)
         command = [sys.executable, "-m", "vswapd", "serve", f"--config={config}"]
         command += [f"--set={key}={value}" for key, value in settings.items()]
         self._server = Server(command, path)
@@ -53,6 +54,11 @@ class VswapdPeer(Peer):
     def shards(self, plan: Plan) -> int:
         """Processes that share the work."""
         return plan.cores
+
+    def more_settings(self, plan: Plan) -> dict[str, object]:
+        """What else the daemon is told."""
+        del plan
+        return {}
 
     def address(self, client: int) -> str:
         del client
@@ -103,11 +109,23 @@ class OneShardPeer(VswapdPeer):
 
 
 class WindowPeer(VswapdPeer):
-    """Pages go through the connection's shared memory."""
+    """Pages lie in the connection's shared memory, as they would with a program that fills it."""
 
     name = "vswapd-window"
     what = "vswapd, shared-memory window"
-    window = True
+
+    def more_settings(self, plan: Plan) -> dict[str, object]:
+        return {"server.window": window_bytes(plan.pages)}
+
+    @classmethod
+    def connect(cls, address: str, client: int, pages: int) -> VswapdClient:
+        space = vswap.connect(address, name=f"bench {client}", window=window_bytes(pages))
+        return WindowClient(space, pages)
+
+
+def window_bytes(pages: int) -> int:
+    """Room for a client's pages, for the others that it checks with, and for what it loads."""
+    return (2 * pages + 2 * BATCH) * PAGE_BYTES
 
 
 class VswapdClient:
@@ -137,3 +155,22 @@ class VswapdClient:
 
     def close(self) -> None:
         self._space.close()
+
+
+class WindowClient(VswapdClient):
+    """Takes each batch into the window when it first meets it, before anything is measured."""
+
+    def __init__(self, space: vswap.Space, pages: int) -> None:
+        super().__init__(space, pages)
+        self._pages = pages
+        self._room = np.frombuffer(space.buffer(BATCH), np.uint8)
+        self._bytes = self._room.data
+        self._page = self._room[:PAGE_BYTES]
+        self._moved: dict[int, memoryview] = {}
+
+    def store(self, batch: Batch) -> None:
+        moved = self._moved.get(id(batch))
+        if moved is None:
+            moved = self._moved[id(batch)] = self._space.buffer(len(batch.pages))
+            moved[:] = batch.whole
+        self._space.store(moved, self._batches[batch.first // BATCH])

@@ -28,13 +28,13 @@ from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
 from vswap.planner import Ask, Free, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
+from vswap.window import WINDOW_BYTES, Window
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Generator
 
     from vswap.buffers import Buffer, Slots
-    from vswap.window import Window
 
 _B = TypeVar("_B", bound="Buffer")
 
@@ -51,14 +51,18 @@ class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
         *,
         timeout: float | None = None,
         name: str | None = None,
+        window: int = WINDOW_BYTES,
     ) -> None:
         self._path = path
         self._timeout = timeout
         self._name = name
+        self._window = window
         self._space: Space | None = None
 
     async def _open(self) -> Space:
-        return Space(*await open_connection(self._path, self._timeout, client_name(self._name)))
+        return Space(
+            *await open_connection(self._path, self._timeout, client_name(self._name), self._window)
+        )
 
     def __await__(self) -> Generator[Any, None, Space]:
         return self._open().__await__()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from vswap.aio_lane import AsyncLane, open_async
 from vswap.errors import ConnectionLost, ConnectionRefused, NoDaemon, TimedOut, VswapError
 from vswap.peer import Peer, hello, parse_hello
-from vswap.window import WINDOW_BYTES, Window, window_of
+from vswap.window import Window, window_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,14 +34,14 @@ _REFUSED_S: Final = 1.0
 
 
 async def open_connection(
-    path: str | os.PathLike[str] | None, silence_s: float | None, client: str
+    path: str | os.PathLike[str] | None, silence_s: float | None, client: str, window_bytes: int
 ) -> tuple[AsyncConnection, Peer, Window | None]:
     """Connect to the first daemon that answers, and say HELLO. The window comes with it.
 
     Raises:
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is no connection.
     """
-    call = hello(client, window_bytes=WINDOW_BYTES)
+    call = hello(client, window_bytes=window_bytes)
     home, peer, found, window = await _greet(path, silence_s, call)
 
     async def open_lane(shard: int) -> AsyncLane:

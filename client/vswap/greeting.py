@@ -14,7 +14,7 @@ from vswap.connection import Connection
 from vswap.errors import ConnectionLost
 from vswap.lane import Lane
 from vswap.peer import Peer, hello, parse_hello
-from vswap.window import WINDOW_BYTES, Window, window_of
+from vswap.window import Window, window_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,6 +28,7 @@ def greet(
     name: str | None,
     *,
     control: bool = False,
+    window: int = 0,
 ) -> tuple[Connection, Peer, Window | None]:
     """An open connection that HELLO has been said on, and its window.
 
@@ -35,9 +36,8 @@ def greet(
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is none.
     """
     client = client_name(name)
-    wish = 0 if control else WINDOW_BYTES
-    call = hello(client, control=control, window_bytes=wish)
-    home, peer, found, window = _lane(path, timeout, call)
+    call = hello(client, control=control, window_bytes=window)
+    home, peer, found, shared = _lane(path, timeout, call)
 
     def open_lane(shard: int) -> Lane:
         call = hello(client, shard=shard, token=peer.token)
@@ -48,7 +48,7 @@ def greet(
             raise ConnectionLost(f"the daemon has no shard {shard} any more")
         return lane
 
-    return Connection(home, peer.shards, timeout, open_lane), peer, window
+    return Connection(home, peer.shards, timeout, open_lane), peer, shared
 
 
 def _lane(

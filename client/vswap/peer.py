@@ -86,7 +86,12 @@ def hello(
         shard: Which shard is to serve it; None: any.
         token: The space that it belongs to; None: a new one.
         window_bytes: How much shared memory is wished for.
+
+    Raises:
+        ValueError: `window_bytes` is negative.
     """
+    if window_bytes < 0:
+        raise ValueError(f"a window has 0 bytes or more, not {window_bytes}")
     said: dict[str, Any] = {"client": client}
     if shard is not None:
         said["shard"] = shard

@@ -29,13 +29,13 @@ from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
 from vswap.planner import Ask, Free, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
+from vswap.window import WINDOW_BYTES, Window
 
 if TYPE_CHECKING:
     import os
 
     from vswap.buffers import Buffer, Slots
     from vswap.connection import Connection
-    from vswap.window import Window
 
 _B = TypeVar("_B", bound="Buffer")
 
@@ -45,6 +45,7 @@ def connect(
     *,
     timeout: float | None = None,
     name: str | None = None,
+    window: int = WINDOW_BYTES,
 ) -> Space:
     """Connect to a daemon and open a space there.
 
@@ -55,13 +56,16 @@ def connect(
         timeout: Seconds of silence after which the daemon is given up and the connection closed;
             None: wait for ever.
         name: How the daemon's status names this client. Default: the program's name.
+        window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or
+            none. 0: none is asked for.
 
     Raises:
+        ValueError: `timeout` or `window` make no sense.
         NoDaemon: none answers.
         ConnectionRefused: it has as many connections as it takes.
         ProtocolError: what answers is no daemon that this client can talk to.
     """
-    return Space(*greet(path, timeout, name))
+    return Space(*greet(path, timeout, name, window=window))
 
 
 class Space:

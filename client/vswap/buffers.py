@@ -10,7 +10,7 @@ This module must not know frames, sockets, or the daemon.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     # numpy's own stubs say only from Python 3.12 on that arrays are buffers
     Buffer = _Buffer | npt.NDArray[Any]
     Slots = npt.NDArray[np.uint64] | Sequence[int] | int
+
+_U64: Final = np.dtype(np.uint64)
 
 
 def byte_view(buffer: Buffer) -> View:
@@ -119,6 +121,8 @@ def slots_of(slots: Slots) -> U64:
         BadBuffer: these are no slot ids.
     """
     given = np.asarray(slots)
+    if given.dtype == _U64 and given.ndim == 1:
+        return given.astype(_U64)  # a copy in one row, whatever it was
     if not given.size:
         return np.empty(0, np.uint64)
     if given.ndim > 1 or given.dtype.kind not in "ui" or (given < 0).any():

@@ -44,6 +44,7 @@ from vswap.protocol import (
 )
 
 _U64: Final = np.dtype("<u8")
+_SHARD_SHIFT: Final = np.uint64(SHARD_SHIFT)
 _NO_PAGES: Final = slice(0, 0)
 
 LEAST_SPREAD: Final = 64
@@ -163,7 +164,10 @@ class SlotsCall(Call):
         """The shards that the slots name; `home` answers for what no shard can have given out."""
         if shards == 1 or not self.pages:
             return [home]
-        shard_of = (self.slots >> np.uint64(SHARD_SHIFT)).astype(np.int64)
+        shard_of = self.slots >> _SHARD_SHIFT
+        first = int(shard_of[0])
+        if self.pages == 1 or (shard_of == shard_of[0]).all():
+            return [first if first < shards else home]
         shard_of[shard_of >= shards] = home
         found: list[int] = np.unique(shard_of).tolist()
         if len(found) > 1:

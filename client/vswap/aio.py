@@ -23,6 +23,7 @@ from vswap.address import client_name
 from vswap.aio_connection import AsyncConnection, open_connection
 from vswap.buffers import empty_bytes, padded_pages_of, pages_of, slots_of, target_of
 from vswap.errors import U64
+from vswap.greeting import PATIENCE_S
 from vswap.handle import Form, Receiver, StoredObject, take_apart
 from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
@@ -52,16 +53,24 @@ class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
         timeout: float | None = None,
         name: str | None = None,
         window: int = WINDOW_BYTES,
+        patience: float = PATIENCE_S,
     ) -> None:
         self._path = path
         self._timeout = timeout
         self._name = name
         self._window = window
+        self._patience = patience
         self._space: Space | None = None
 
     async def _open(self) -> Space:
         return Space(
-            *await open_connection(self._path, self._timeout, client_name(self._name), self._window)
+            *await open_connection(
+                self._path,
+                self._timeout,
+                client_name(self._name),
+                self._window,
+                self._patience,
+            )
         )
 
     def __await__(self) -> Generator[Any, None, Space]:

@@ -17,10 +17,27 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vswap.aio_lane import AsyncLane, open_async
-from vswap.errors import ConnectionLost, ConnectionRefused, NoDaemon, TimedOut, VswapError
+from vswap.errors import (
+    Broken,
+    ConnectionLost,
+    ConnectionRefused,
+    NoDaemon,
+    Stopping,
+    TimedOut,
+    VswapError,
+)
+from vswap.greeting import (
+    COMING_BACK,
+    FIRST_PAUSE_S,
+    LONGEST_PAUSE_S,
+    check_patience,
+    check_same,
+    not_back,
+)
 from vswap.peer import Peer, hello, parse_hello
 from vswap.window import Window, window_of
 
@@ -34,26 +51,93 @@ _REFUSED_S: Final = 1.0
 
 
 async def open_connection(
-    path: str | os.PathLike[str] | None, silence_s: float | None, client: str, window_bytes: int
+    path: str | os.PathLike[str] | None,
+    silence_s: float | None,
+    client: str,
+    window_bytes: int,
+    patience_s: float,
 ) -> tuple[AsyncConnection, Peer, Window | None]:
     """Connect to the first daemon that answers, and say HELLO. The window comes with it.
 
     Raises:
+        ValueError: some of this makes no sense.
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is no connection.
     """
+    check_patience(patience_s)
     call = hello(client, window_bytes=window_bytes)
     home, peer, found, window = await _greet(path, silence_s, call)
+    door = _Door(found, silence_s, client, peer.token, home.shard, window, patience_s)
+    resume = door.resume if peer.resumable and patience_s else None
+    connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume)
+    return connection, peer, window
 
-    async def open_lane(shard: int) -> AsyncLane:
-        call = hello(client, shard=shard, token=peer.token)
-        lane, there, *_ = await _greet(found, silence_s, call)
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Where a space's lanes come from."""
+
+    path: Path
+    silence_s: float | None
+    client: str
+    token: str | None
+    home: int
+    """The shard whose window it is."""
+    window: Window | None
+    patience_s: float
+
+    async def open_lane(self, shard: int) -> AsyncLane:
+        """A lane to another shard. Raises: as `open_connection`."""
+        call = hello(self.client, shard=shard, token=self.token)
+        lane, there, *_ = await _greet(self.path, self.silence_s, call)
         if there.shard != shard:
             # The daemon is another one by now.
             lane.close()
             raise ConnectionLost(f"the daemon has no shard {shard} any more")
         return lane
 
-    return AsyncConnection(home, peer.shards, silence_s, open_lane), peer, window
+    async def resume(self, lane: AsyncLane, why: VswapError) -> Peer:
+        """A socket for a lane that was interrupted, HELLO said; wait for the daemon to come back.
+
+        Raises:
+            SpaceLost: it is back, and the space is not.
+            ConnectionLost: it did not come back.
+        """
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self.patience_s
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._take_up(lane)
+            except COMING_BACK as error:
+                if loop.time() + pause > end:
+                    raise not_back(why, self.patience_s, error) from error
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _take_up(self, lane: AsyncLane) -> Peer:
+        shared = self.window if lane.shard == self.home else None
+        wish = 0 if shared is None else shared.wish
+        call = hello(
+            self.client, shard=lane.shard, token=self.token, window_bytes=wish, resume=True
+        )
+        sock, _ = await open_async(self.path, self.silence_s)
+        lane.reopen(sock)
+        try:
+            there = await _say_hello(lane, call, self.silence_s)
+            check_same(there, lane.shard)
+        except BaseException:
+            lane.interrupt()
+            if lane.descriptor is not None:
+                os.close(lane.descriptor)
+                lane.descriptor = None
+            raise
+        descriptor, lane.descriptor = lane.descriptor, None
+        if shared is not None:
+            shared.replace(descriptor, there.window_bytes)
+        elif descriptor is not None:
+            os.close(descriptor)
+        lane.conversation.window = there.window
+        return there
 
 
 async def _greet(
@@ -61,16 +145,9 @@ async def _greet(
 ) -> tuple[AsyncLane, Peer, Path, Window | None]:
     """A lane that HELLO has been said on, what was answered, where, and the window."""
     sock, found = await open_async(path, silence_s)
-    greeting = _Greeting()
-    lane = AsyncLane(sock, greeting)
+    lane = AsyncLane(sock, _Greeting())
     try:
-        lane.put(call)
-        try:
-            async with asyncio.timeout(silence_s):
-                await greeting.over
-        except TimeoutError:
-            raise _silence(silence_s) from None
-        peer = parse_hello(call.result())
+        peer = await _say_hello(lane, call, silence_s)
     except BaseException:
         lane.close()
         if lane.descriptor is not None:
@@ -78,7 +155,19 @@ async def _greet(
         raise
     lane.shard = peer.shard
     lane.conversation.window = peer.window
-    return lane, peer, found, window_of(lane.descriptor, peer.window_bytes, peer.shard)
+    descriptor, lane.descriptor = lane.descriptor, None
+    return lane, peer, found, window_of(descriptor, peer.window_bytes, peer.shard)
+
+
+async def _say_hello(lane: AsyncLane, call: Ask, silence_s: float | None) -> Peer:
+    lane.owner = greeting = _Greeting()
+    lane.greet(call)
+    try:
+        async with asyncio.timeout(silence_s):
+            await greeting.over
+    except TimeoutError:
+        raise _silence(silence_s) from None
+    return parse_hello(call.result())
 
 
 def _silence(silence_s: float | None) -> TimedOut:
@@ -94,6 +183,7 @@ class AsyncConnection:
         timeout: Seconds of silence in the middle of a call after which the daemon is given up;
             None: wait for ever.
         open_lane: Makes a lane to another shard.
+        resume: Finds an interrupted lane its daemon again; None: nobody keeps what that held.
     """
 
     def __init__(
@@ -102,12 +192,16 @@ class AsyncConnection:
         shards: int,
         timeout: float | None,
         open_lane: Callable[[int], Awaitable[AsyncLane]],
+        resume: Callable[[AsyncLane, VswapError], Awaitable[Peer]] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._home = home
         self._shards = shards
         self._timeout = timeout
         self._open_lane = open_lane
+        self._resume = resume
+        self._returning: dict[int, asyncio.Task[None]] = {}
+        """By shard: who waits for it to come back."""
         self._why_closed: str | None = None
         self._waiting: dict[Call, asyncio.Future[None]] = {}
         self._routes: dict[Call, list[AsyncLane]] = {}
@@ -133,7 +227,7 @@ class AsyncConnection:
     def close(self) -> None:
         """Close it; calls that run fail with ConnectionLost."""
         if not self.closed:
-            self.lose(ConnectionLost("the connection was closed"))
+            self._end(ConnectionLost("the connection was closed"))
 
     async def run(self, call: Call) -> None:
         """Carry a call through. Its own errors are kept in it; ask it for its result.
@@ -251,13 +345,53 @@ class AsyncConnection:
         """Something has come."""
         self._heard_at = self._loop.time()
 
-    def lose(self, error: VswapError) -> None:
+    def lose(self, lane: AsyncLane, error: VswapError) -> None:
+        """A lane has ended: take it up again, or that is the end."""
+        if self.closed:
+            return
+        if self._resume is None or not isinstance(error, Broken | Stopping):
+            self._end(error)
+            return
+        lane.interrupt()
+        self._returning[lane.shard] = self._loop.create_task(
+            self._come_back(lane, error, self._resume)
+        )
+
+    async def _come_back(
+        self,
+        lane: AsyncLane,
+        why: VswapError,
+        resume: Callable[[AsyncLane, VswapError], Awaitable[Peer]],
+    ) -> None:
+        try:
+            there = await resume(lane, why)
+        except asyncio.CancelledError:
+            raise
+        except VswapError as error:
+            self._end(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits for a call is told
+            self._end(ConnectionLost(f"the connection could not be taken up again: {error!r}"))
+        else:
+            lane.owner = self
+            self._heard_at = self._loop.time()
+            lane.resume(there.last)
+            for call, lanes in list(self._routes.items()):
+                # Some have got what they waited for with HELLO's answer, or wait for nothing now.
+                if lane in lanes and not self.closed:
+                    self.answered(call)
+        finally:
+            del self._returning[lane.shard]
+
+    def _end(self, error: VswapError) -> None:
         """The end: every call that waits fails."""
         if self.closed:
             return
         self._why_closed = str(error)
         if self._watch is not None:
             self._watch.cancel()
+        for task in self._returning.values():
+            if task is not asyncio.current_task(self._loop):
+                task.cancel()
         for lane in self._lanes.values():
             lane.close()
         self._routes.clear()
@@ -277,7 +411,7 @@ class AsyncConnection:
             return
         silence = self._loop.time() - self._heard_at
         if silence >= self._timeout:
-            self.lose(_silence(self._timeout))
+            self._end(_silence(self._timeout))
         else:
             self._watch = self._loop.call_later(self._timeout - silence, self._look)
 
@@ -297,7 +431,8 @@ class _Greeting:
     def heard(self) -> None:
         """Something has come."""
 
-    def lose(self, error: VswapError) -> None:
+    def lose(self, lane: AsyncLane, error: VswapError) -> None:
         """There will be no answer."""
+        del lane
         if not self.over.done():
             self.over.set_exception(error)

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from vswap.address import Candidate, Search, unconnected_socket
 from vswap.conversation import Conversation
-from vswap.errors import ConnectionLost, VswapError
+from vswap.errors import Broken, VswapError
 from vswap.window import receive
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vswap.pages import View
+    from vswap.peer import Outcome
     from vswap.planner import Call
 
 _GATHER_BYTES: Final = 65536
@@ -86,13 +87,13 @@ class Owner(Protocol):
     """Whom a lane tells what happens."""
 
     def answered(self, call: Call) -> None:
-        """A reply for the call has come."""
+        """A reply for the call has come, or there will be none."""
 
     def heard(self) -> None:
         """Something has come."""
 
-    def lose(self, error: VswapError) -> None:
-        """The lane is of no more use."""
+    def lose(self, lane: AsyncLane, error: VswapError) -> None:
+        """The lane is of no more use, unless it is taken up again."""
 
 
 class AsyncLane:
@@ -100,26 +101,59 @@ class AsyncLane:
 
     def __init__(self, sock: socket.socket, owner: Owner) -> None:
         self._loop = asyncio.get_running_loop()
-        self._sock = sock
         self.owner = owner
         """Whom to tell."""
         self.shard = 0
         """Which shard answers. Written by whoever has said HELLO."""
         self.conversation: Final = Conversation()
         self._queue: deque[Call] = deque()
+        self._parked: deque[Call] | None = None
+        """Calls that wait until the lane is taken up again; None: it is in use."""
         self._buffers: list[View] = []
         """What is being sent, in order."""
+        self.descriptor: int | None = None
+        """What came with the first bytes. Whoever has said HELLO takes it, or closes it."""
+        self._use(sock)
+
+    def _use(self, sock: socket.socket) -> None:
+        self._sock = sock
         self._writer_added = False
         self._mute = False
         """The daemon reads no more; what it said before is still to be read."""
         self._closed = False
         self._unheard = True
-        self.descriptor: int | None = None
-        """What came with the first bytes. Whoever has said HELLO takes it, or closes it."""
         self._loop.add_reader(sock, self._read)
+
+    def interrupt(self) -> None:
+        """Let go of the socket; calls wait until `resume`, those too that come meanwhile."""
+        self._hang_up()
+        self._buffers.clear()
+        self.conversation.interrupt()
+        if self._parked is None:
+            self._parked = self._queue
+        self._queue = deque()
+
+    def reopen(self, sock: socket.socket) -> None:
+        """Go on over another socket. HELLO is to be said there (`greet`), then `resume`."""
+        self._use(sock)
+
+    def greet(self, call: Call) -> None:
+        """Send HELLO."""
+        self._queue.append(call)
+        self._write()
+
+    def resume(self, last: Outcome | None) -> None:
+        """HELLO has been answered: go on with what was interrupted, then with what has waited."""
+        assert self._parked is not None
+        self.conversation.resume(last)
+        self._queue, self._parked = self._parked, None
+        self._write()
 
     def put(self, call: Call) -> None:
         """Send what the call has for this lane, after the calls before it."""
+        if self._parked is not None:
+            self._parked.append(call)
+            return
         self._queue.append(call)
         self._write()
 
@@ -131,19 +165,27 @@ class AsyncLane:
 
     def close(self) -> None:
         """Close the socket, and let go of the calls."""
+        self._hang_up()
+        self._queue.clear()
+        self._parked = None
+        self._buffers.clear()
+        self.conversation.end()
+
+    def _hang_up(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         self._loop.remove_reader(self._sock)
         if self._writer_added:
             self._loop.remove_writer(self._sock)
         self._sock.close()
-        self._queue.clear()
-        self._buffers.clear()
-        self.conversation.end()
 
     def _write(self) -> None:
         """Send what can be sent now."""
         while not self._mute and not self._closed:
             self._gather()
+            while self.conversation.dropped:
+                self.owner.answered(self.conversation.dropped.pop())
             if not self._buffers:
                 break
             try:
@@ -158,7 +200,7 @@ class AsyncLane:
                 self._mute = True
                 break
             except OSError as error:
-                self.owner.lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
+                self.owner.lose(self, Broken(f"the connection to the daemon broke: {error}"))
                 return
             self._drop(sent)
         if self._writer_added and not self._closed:
@@ -168,15 +210,18 @@ class AsyncLane:
     def _gather(self) -> None:
         """Fill up `_buffers` with the next frames."""
         pending = sum(map(len, self._buffers))
-        while self._queue and pending < _GATHER_BYTES and len(self._buffers) < _GATHER_BUFFERS:
-            frame = self.conversation.request(self._queue[0], self.shard)
+        conversation, queue = self.conversation, self._queue
+        while pending < _GATHER_BYTES and len(self._buffers) < _GATHER_BUFFERS:
+            if not queue and not conversation.repeats:
+                return
+            frame = conversation.request(queue[0] if queue else None, self.shard)
             if frame is not None:
                 self._buffers += frame
                 pending += sum(map(len, frame))
-            elif self.conversation.full:
+            elif conversation.full:
                 return
-            else:
-                self._queue.popleft()
+            elif queue:
+                queue.popleft()
 
     def _drop(self, sent: int) -> None:
         buffers, done = self._buffers, 0
@@ -195,10 +240,10 @@ class AsyncLane:
         except BlockingIOError:
             pass
         except VswapError as error:
-            self.owner.lose(error)
+            self.owner.lose(self, error)
             return
         except OSError as error:
-            self.owner.lose(ConnectionLost(f"the connection to the daemon broke: {error}"))
+            self.owner.lose(self, Broken(f"the connection to the daemon broke: {error}"))
             return
         self._write()
 
@@ -212,7 +257,7 @@ class AsyncLane:
             else:
                 count = self._sock.recv_into(wanted)
             if not count:
-                raise ConnectionLost("the daemon closed the connection (did it stop, or die?)")
+                raise Broken("the daemon closed the connection (did it stop, or die?)")
             call = conversation.arrived(count)
             if call is not None:
                 self.owner.answered(call)

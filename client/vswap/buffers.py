@@ -10,6 +10,7 @@ This module must not know frames, sockets, or the daemon.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
@@ -20,8 +21,6 @@ from vswap.pages import Pages, View
 from vswap.protocol import PAGE_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from typing_extensions import Buffer as _Buffer
 
     # numpy's own stubs say only from Python 3.12 on that arrays are buffers
@@ -125,9 +124,21 @@ def slots_of(slots: Slots) -> U64:
         return given.astype(_U64)  # a copy in one row, whatever it was
     if not given.size:
         return np.empty(0, np.uint64)
+    if given.dtype.kind == "f" and isinstance(slots, Sequence):
+        given = _mixed(slots, given)
     if given.ndim > 1 or given.dtype.kind not in "ui" or (given < 0).any():
         raise BadBuffer(
             f"slots are a row of numbers as store() returned them,"
             f" not {given.dtype} of shape {given.shape}"
         )
     return np.array(np.atleast_1d(given), np.uint64)
+
+
+def _mixed(slots: Sequence[int], given: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A list of numpy's numbers and Python's, which together numpy would make into floats."""
+    if not all(isinstance(slot, int | np.integer) for slot in slots):
+        return given
+    try:
+        return np.array([int(slot) for slot in slots], np.uint64)
+    except OverflowError:
+        return given

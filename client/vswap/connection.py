@@ -7,7 +7,9 @@ serve (new slots) are offered to all lanes in turn, and whichever has room takes
 Invariants:
 - One lock; a call has the connection to itself. Threads wait for each other.
 - After a typed error all replies of the call have been read: every lane is in step.
-- After anything else (an I/O error, silence, an exception out of a signal handler, which may strike
+- A lane that breaks because the daemon has died is taken up again, if what the daemon holds
+  outlives it; the call goes on.
+- After anything else (silence, nonsense, an exception out of a signal handler, which may strike
   between the arrival of bytes and their being counted) the connection is closed, and later calls
   say why.
 - A forked child does not share it: there it is closed, without harm to the parent's.
@@ -25,7 +27,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vswap.errors import ConnectionLost, ConnectionRefused, NoDaemon
+from vswap.errors import Broken, ConnectionLost, ConnectionRefused, NoDaemon, Stopping
 
 if TYPE_CHECKING:
     from vswap.lane import Lane
@@ -44,6 +46,7 @@ class Connection:
         timeout: Seconds of silence in the middle of a call after which the daemon is given up;
             None: wait for ever.
         open_lane: Makes a lane to another shard.
+        resume: Takes a broken lane up again where it was; None: nobody keeps what the daemon held.
     """
 
     def __init__(
@@ -52,11 +55,13 @@ class Connection:
         shards: int,
         timeout: float | None,
         open_lane: Callable[[int], Lane],
+        resume: Callable[[Lane, ConnectionLost], None] | None = None,
     ) -> None:
         self._home = home
         self._shards = shards
         self._timeout = timeout
         self._open_lane = open_lane
+        self._resume = resume
         self._lanes: dict[int, Lane] = {home.shard: home}
         self._refused_at: dict[int, float] = {}
         self._lock = threading.Lock()
@@ -91,16 +96,29 @@ class Connection:
             self._check_open()
             lanes = self._lanes_for(call)
             try:
-                if len(lanes) == 1:
-                    lanes[0].exchange(call)
-                else:
-                    self._exchange(call, lanes)
+                self._carry_through(call, lanes)
             except BaseException as error:
                 self._shut(str(error) or type(error).__name__)
                 raise
         finally:
             call.release()
             self._leave()
+
+    def _carry_through(self, call: Call, lanes: list[Lane]) -> None:
+        while True:
+            try:
+                if len(lanes) == 1:
+                    lanes[0].exchange(call)
+                else:
+                    self._exchange(call, lanes)
+            except (Broken, Stopping) as error:
+                if self._resume is None:
+                    raise
+                for lane in self._lanes.values():
+                    if lane.broken:
+                        self._resume(lane, error)
+            else:
+                return
 
     def _enter(self) -> None:
         if not self._lock.acquire(blocking=False):

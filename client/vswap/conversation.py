@@ -7,6 +7,7 @@ Invariants:
 - Replies are matched with the oldest unanswered request, by id and operation. Anything else is a
   ProtocolError, after which the conversation is at an end.
 - No more than `window` requests are unanswered.
+- A request is in flight until it is answered, or is not sent again after an interruption.
 - `wanted` is never empty, and never reaches beyond the reply that is being read.
 
 This module must not know sockets, event loops, threads, or what the calls mean.
@@ -20,6 +21,7 @@ import numpy as np
 
 from vswap.errors import NO_SLOTS, ProtocolError, VswapError, error_for
 from vswap.pages import View
+from vswap.peer import Outcome
 from vswap.planner import Call, Frame
 from vswap.protocol import (
     HEADER_BYTES,
@@ -42,6 +44,13 @@ class Conversation:
     def __init__(self, window: int = 1) -> None:
         self.window = window
         self._unanswered: deque[tuple[int, Call, Frame]] = deque()
+        self._again: deque[tuple[Call, Frame]] = deque()
+        """What has to be sent once more, before anything else."""
+        self._interrupted: list[tuple[int, Call, Frame]] = []
+        """What was unanswered when the connection broke, in order; with the id it had."""
+        self.dropped: list[Call] = []
+        """Calls of which a request was not sent again, since nobody wants it now. For the owner to
+        look at, and to clear."""
         self._last_id = 0
         self._header_bytes = bytearray(HEADER_BYTES)
         self._header_view = memoryview(self._header_bytes)
@@ -63,19 +72,27 @@ class Conversation:
         """Whether everything is answered."""
         return not self._unanswered
 
-    def request(self, call: Call, shard: int) -> list[View] | None:
+    @property
+    def repeats(self) -> bool:
+        """Whether something has to be sent once more."""
+        return bool(self._again)
+
+    def request(self, call: Call | None, shard: int) -> list[View] | None:
         """The next frame of `call` for a shard as buffers to send whole, in order; None: not now.
 
-        None has two reasons: the window is `full`, or the call has nothing to send.
+        None has two reasons: the window is `full`, or the call has nothing to send. What has to be
+        sent once more goes before, whosever it is.
         """
         if len(self._unanswered) >= self.window:
             return None
-        frame = call.next_frame(shard)
-        if frame is None:
+        owner, frame = self._once_more(shard)
+        if owner is None and call is not None:
+            owner, frame = call, call.next_frame(shard)
+            call.in_flight += frame is not None
+        if owner is None or frame is None:
             return None
         self._last_id += 1
-        call.in_flight += 1
-        self._unanswered.append((self._last_id, call, frame))
+        self._unanswered.append((self._last_id, owner, frame))
         body, frame.body = frame.body, []  # only what is being sent holds on to the pages
         body_bytes = 0
         for view in body:
@@ -88,6 +105,17 @@ class Conversation:
             request_id=self._last_id,
         )
         return [memoryview(header), *body]
+
+    def _once_more(self, shard: int) -> tuple[Call, Frame] | tuple[None, None]:
+        """The next request that has to be sent again, and is still wanted."""
+        while self._again:
+            owner, old = self._again.popleft()
+            frame = owner.again(old, shard)
+            if frame is not None:
+                return owner, frame
+            owner.in_flight -= 1
+            self.dropped.append(owner)
+        return None, None
 
     def arrived(self, count: int) -> Call | None:
         """`count` bytes were put into `wanted`.
@@ -123,9 +151,45 @@ class Conversation:
             if owner is call and frame.op is Op.LOAD and frame.targets is not None:
                 frame.targets = [memoryview(bytearray(sum(map(len, frame.targets))))]
 
+    def interrupt(self) -> None:
+        """The connection has broken, and is to be taken up again: nothing is awaited on it now.
+
+        What was unanswered waits for `resume`, but for a HELLO, which belongs to one connection.
+        """
+        for request_id, call, frame in self._unanswered:
+            if frame.op is not Op.HELLO:
+                self._interrupted.append((request_id, call, frame))
+        self._interrupted += [(0, call, frame) for call, frame in self._again]
+        self._again.clear()
+        self._unanswered.clear()
+        self._later.clear()
+        self._header, self._text, self.wanted = None, None, self._header_view
+
+    def resume(self, last: Outcome | None) -> None:
+        """The connection has been taken up again.
+
+        Args:
+            last: The last request that the daemon carried out and that changed anything. If its
+                answer was not heard, this is it; all others are sent again.
+        """
+        interrupted, self._interrupted = self._interrupted, []
+        for request_id, call, frame in interrupted:
+            if last is None or not request_id or request_id != last.request_id:
+                self._again.append((call, frame))
+                continue
+            call.in_flight -= 1
+            if last.status == Status.OK:
+                if frame.op is Op.STORE and frame.targets:
+                    frame.targets[0][:] = last.slots.astype("<u8").tobytes()
+                call.accept(frame, b"")
+            else:
+                call.refuse(frame, error_for(last.status, "", last.slots, flags=last.flags))
+
     def end(self) -> None:
         """The connection is lost: let go of all calls and their buffers."""
         self._unanswered.clear()
+        self._again.clear()
+        self._interrupted.clear()
         self._later.clear()
         self._header, self._text, self.wanted = None, None, self._header_view
 

@@ -151,6 +151,14 @@ class Stopping(ConnectionLost):
     """The daemon is shutting down."""
 
 
+class SpaceLost(ConnectionLost):
+    """The daemon has died, or was restarted, and the space's memory is gone with it."""
+
+
+class Broken(ConnectionLost):
+    """A connection has ended without a word: the daemon, or one of its processes, has died."""
+
+
 class DaemonFailed(ConnectionLost):
     """A mistake in the daemon ended the connection."""
 
@@ -169,6 +177,7 @@ ERROR_OF_STATUS: Final[dict[Status, tuple[type[VswapError], str]]] = {
     Status.BAD_ARGUMENT: (BadArgument, ""),
     Status.HELLO_FIRST: (ProtocolError, "this client began without HELLO"),
     Status.NO_SPACE: (NoSpace, "use vswap.connect() for pages"),
+    Status.SPACE_LOST: (SpaceLost, "its slots are gone: connect again and store anew"),
     Status.PAGE_LOST: (PageLost, "free them; the other slots can still be loaded"),
     Status.INTERNAL: (DaemonFailed, "the daemon's journal has the cause"),
     Status.TOO_MANY_CONNECTIONS: (

@@ -1,4 +1,7 @@
-"""How a blocking connection comes about: a socket, HELLO, and lanes to further shards later.
+"""How a blocking connection comes about: a socket, HELLO, further lanes; and how it comes back.
+
+Invariants:
+- A lane that was taken up again is of the same space and the same shard, or SpaceLost is raised.
 
 This module must not know what the connection is for.
 """
@@ -7,11 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
 
 from vswap.address import client_name, open_socket
 from vswap.connection import Connection
-from vswap.errors import ConnectionLost
+from vswap.errors import (
+    Broken,
+    ConnectionLost,
+    ConnectionRefused,
+    NoDaemon,
+    SpaceLost,
+    Stopping,
+)
 from vswap.lane import Lane
 from vswap.peer import Peer, hello, parse_hello
 from vswap.window import Window, window_of
@@ -21,6 +33,14 @@ if TYPE_CHECKING:
 
     from vswap.planner import Ask
 
+PATIENCE_S: Final = 30.0
+"""How long a daemon that has died is waited for: a service manager starts it again in one second,
+and in some more if it has much to look through."""
+COMING_BACK: Final = (Broken, NoDaemon, Stopping, ConnectionRefused)
+"""What a daemon that is about to come back may say, or not say."""
+FIRST_PAUSE_S: Final = 0.01
+LONGEST_PAUSE_S: Final = 0.25
+
 
 def greet(
     path: str | os.PathLike[str] | None,
@@ -29,26 +49,84 @@ def greet(
     *,
     control: bool = False,
     window: int = 0,
+    patience: float = PATIENCE_S,
 ) -> tuple[Connection, Peer, Window | None]:
     """An open connection that HELLO has been said on, and its window.
 
     Raises:
+        ValueError: `timeout`, `window` or `patience` make no sense.
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is none.
     """
+    check_patience(patience)
     client = client_name(name)
     call = hello(client, control=control, window_bytes=window)
     home, peer, found, shared = _lane(path, timeout, call)
+    door = _Door(found, timeout, client, peer.token, home.shard, shared, patience)
+    resume = door.resume if peer.resumable and not control and patience else None
+    return Connection(home, peer.shards, timeout, door.open_lane, resume), peer, shared
 
-    def open_lane(shard: int) -> Lane:
-        call = hello(client, shard=shard, token=peer.token)
-        lane, there, *_ = _lane(found, timeout, call)
+
+@dataclass(frozen=True, slots=True)
+class _Door:
+    """Where a space's lanes come from."""
+
+    path: Path
+    timeout: float | None
+    client: str
+    token: str | None
+    home: int
+    """The shard whose window it is."""
+    window: Window | None
+    patience: float
+
+    def open_lane(self, shard: int) -> Lane:
+        """A lane to another shard. Raises: as `greet`."""
+        call = hello(self.client, shard=shard, token=self.token)
+        lane, there, *_ = _lane(self.path, self.timeout, call)
         if there.shard != shard:
             # The daemon is another one by now.
             lane.close()
             raise ConnectionLost(f"the daemon has no shard {shard} any more")
         return lane
 
-    return Connection(home, peer.shards, timeout, open_lane), peer, shared
+    def resume(self, lane: Lane, why: ConnectionLost) -> None:
+        """Take a lane up again that has broken; wait for the daemon to come back.
+
+        Raises:
+            SpaceLost: it is back, and the space is not.
+            ConnectionLost: it did not come back.
+        """
+        end = time.monotonic() + self.patience
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                return self._take_up(lane)
+            except COMING_BACK as error:
+                if time.monotonic() + pause > end:
+                    raise not_back(why, self.patience, error) from error
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _take_up(self, lane: Lane) -> None:
+        shared = self.window if lane.shard == self.home else None
+        wish = 0 if shared is None else shared.wish
+        call = hello(
+            self.client, shard=lane.shard, token=self.token, window_bytes=wish, resume=True
+        )
+        sock, _ = open_socket(self.path, self.timeout)
+        lane.reopen(sock)
+        descriptor = lane.greet(call)
+        try:
+            there = parse_hello(call.result())
+            check_same(there, lane.shard)
+            if shared is not None:
+                shared.replace(descriptor, there.window_bytes)
+                descriptor = None
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+        lane.conversation.window = there.window
+        lane.conversation.resume(there.last)
 
 
 def _lane(
@@ -67,3 +145,28 @@ def _lane(
         lane.conversation.window = peer.window
         undo.pop_all()
     return lane, peer, found, window_of(descriptor, peer.window_bytes, peer.shard)
+
+
+def check_same(there: Peer, shard: int) -> None:
+    """Refuse a daemon that has answered, and is not the one that the space was in.
+
+    Raises:
+        SpaceLost: it is not.
+    """
+    if there.shard != shard or not there.resumable:
+        raise SpaceLost("another daemon answers now: connect again and store anew")
+
+
+def check_patience(patience: float) -> None:
+    """Refuse what is no number of seconds.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not patience >= 0:
+        raise ValueError(f"patience is a number of seconds, 0 or more, not {patience!r}")
+
+
+def not_back(why: Exception, patience: float, last: Exception) -> ConnectionLost:
+    """The error for a daemon that stayed away."""
+    return ConnectionLost(f"{why}; it did not come back within {patience:g} s: {last}")

@@ -25,7 +25,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vswap.conversation import Conversation
-from vswap.errors import ConnectionLost, TimedOut
+from vswap.errors import Broken, Stopping, TimedOut
 from vswap.window import receive
 
 if TYPE_CHECKING:
@@ -48,13 +48,19 @@ class Lane:
     """
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
-        self.sock: Final = sock
         self.shard = 0
         """Which shard answers. Written by whoever has said HELLO."""
         self.conversation: Final = Conversation()
+        self.broken = False
+        """Whether the socket has ended without a word; `reopen` may help."""
         self._timeout = timeout
         self._outgoing: list[View] = []
         """What is left of a frame that could not be sent whole; of calls over several lanes."""
+        self._use(sock)
+
+    def _use(self, sock: socket.socket) -> None:
+        timeout = self._timeout
+        self.sock = sock
         self._poll = select.poll()
         if timeout is not None:
             # The kernel's own timeout costs nothing; Python's would poll before every receive.
@@ -62,6 +68,14 @@ class Lane:
             value = _TIMEVAL.pack(whole, max(1, int((timeout - whole) * 1e6)))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._poll.register(sock, select.POLLIN | select.POLLOUT)
+
+    def reopen(self, sock: socket.socket) -> None:
+        """Go on over another socket. HELLO is to be said there, then `conversation.resume`."""
+        self.sock.close()
+        self._outgoing.clear()
+        self.conversation.interrupt()
+        self._use(sock)
+        self.broken = False
 
     def close(self) -> None:
         """Close the socket, and let go of the calls."""
@@ -112,10 +126,10 @@ class Lane:
             except BlockingIOError:
                 raise self.silence() from None
             except OSError as error:
-                raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
+                raise self._break(f"the connection to the daemon broke: {error}") from error
             if not count:
-                raise ConnectionLost(_SAID_NOTHING)
-            if conversation.arrived(count) is not None:
+                raise self._break(_SAID_NOTHING)
+            if self._arrived(count):
                 return
 
     def greet(self, call: Call) -> int | None:
@@ -132,11 +146,11 @@ class Lane:
         except BlockingIOError:
             raise self.silence() from None
         except OSError as error:
-            raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
+            raise self._break(f"the connection to the daemon broke: {error}") from error
         if not count:
-            raise ConnectionLost(_SAID_NOTHING)
+            raise self._break(_SAID_NOTHING)
         try:
-            self.conversation.arrived(count)
+            self._arrived(count)
             if call.in_flight:
                 self._read_reply()
         except BaseException:
@@ -174,10 +188,10 @@ class Lane:
             except BlockingIOError:
                 return
             except OSError as error:
-                raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
+                raise self._break(f"the connection to the daemon broke: {error}") from error
             if not count:
-                raise ConnectionLost(_SAID_NOTHING)
-            if conversation.arrived(count) is not None:
+                raise self._break(_SAID_NOTHING)
+            if self._arrived(count):
                 return
 
     def _send_some(self, buffers: list[View]) -> bool:
@@ -203,12 +217,24 @@ class Lane:
         """The daemon takes no more; it may have said why before it closed.
 
         Raises:
-            ConnectionLost: always; its text is the daemon's, if it said anything.
+            Broken: always, unless the daemon said why; then that.
         """
         if error.errno in _GONE:
             while not self.conversation.idle:
                 self._read_reply()
-        raise ConnectionLost(f"the connection to the daemon broke: {error}") from error
+        raise self._break(f"the connection to the daemon broke: {error}") from error
+
+    def _arrived(self, count: int) -> bool:
+        """Take note of bytes; whether they complete a reply."""
+        try:
+            return self.conversation.arrived(count) is not None
+        except Stopping:
+            self.broken = True
+            raise
+
+    def _break(self, text: str) -> Broken:
+        self.broken = True
+        return Broken(text)
 
     def silence(self) -> TimedOut:
         """The error for a daemon that says nothing."""

@@ -10,7 +10,7 @@ This module must not know frames, sockets, or the daemon.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,23 @@ LEAST_ROW: Final = 16
 _NOTHING: Final = memoryview(b"")
 
 
+class Shared(Protocol):
+    """Memory that daemon and client share."""
+
+    generation: int
+    """Changes when the daemon looks at other memory than before."""
+
+
+class Place(NamedTuple):
+    """Where in a window pages are."""
+
+    memory: Shared
+    generation: int
+    shard: int
+    """Which shard looks at it."""
+    offset: int
+
+
 class Pages:
     """Whole pages in a caller's buffer; the last may be short and stand in a page of its own.
 
@@ -33,14 +50,12 @@ class Pages:
 
     __slots__ = ("count", "place", "tail", "whole")
 
-    def __init__(
-        self, whole: View, tail: View | None = None, place: tuple[int, int] | None = None
-    ) -> None:
+    def __init__(self, whole: View, tail: View | None = None, place: Place | None = None) -> None:
         assert whole.nbytes % PAGE_BYTES == 0
         self.whole = whole
         self.tail = tail
         self.place = place
-        """Where in a window they are: its shard, and the offset there."""
+        """Where in a window they are, if they are in one."""
         self.count = whole.nbytes // PAGE_BYTES + (tail is not None)
 
     def cut(self, where: slice | I64) -> list[View]:
@@ -54,11 +69,14 @@ class Pages:
 
     def offset(self, where: slice | I64, shard: int) -> View | None:
         """Where these pages are in the shard's window, as it stands on the wire; None: nowhere."""
-        if self.place is None or self.place[0] != shard or not isinstance(where, slice):
+        place = self.place
+        if place is None or place.shard != shard or not isinstance(where, slice):
+            return None
+        if place.generation != place.memory.generation:
             return None
         if self.tail is not None and where.stop == self.count:
             return None
-        at: int = self.place[1] + where.start * PAGE_BYTES
+        at: int = place.offset + where.start * PAGE_BYTES
         return memoryview(at.to_bytes(OFFSET_BYTES, "little"))
 
     def _gather(self, where: I64) -> View:

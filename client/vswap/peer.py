@@ -12,7 +12,9 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vswap.errors import ProtocolError
+import numpy as np
+
+from vswap.errors import U64, ProtocolError
 from vswap.planner import Ask, frame_limit
 from vswap.protocol import PAGE_BYTES, VERSION, Flag, Op
 
@@ -37,6 +39,17 @@ UNANSWERED_PAGES: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of one request, as the daemon remembers it."""
+
+    request_id: int
+    status: int
+    flags: int
+    slots: U64
+    """New slots of a STORE, or those that an error is about."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
     """What the daemon answered to HELLO."""
 
@@ -58,6 +71,10 @@ class Peer:
     """Which of them serves this connection."""
     window_bytes: int
     """Memory that the connection shares with the daemon; 0: none."""
+    resumable: bool = False
+    """Whether the space is there again after the daemon has died and come back."""
+    last: Outcome | None = None
+    """The last request of the connection before this one that changed anything."""
 
     @property
     def frame_pages(self) -> int:
@@ -77,6 +94,7 @@ def hello(
     shard: int | None = None,
     token: str | None = None,
     window_bytes: int = 0,
+    resume: bool = False,
 ) -> Ask:
     """The first request of every connection.
 
@@ -86,6 +104,7 @@ def hello(
         shard: Which shard is to serve it; None: any.
         token: The space that it belongs to; None: a new one.
         window_bytes: How much shared memory is wished for.
+        resume: Whether it takes up what an earlier connection to this shard left.
 
     Raises:
         ValueError: `window_bytes` is negative.
@@ -99,6 +118,8 @@ def hello(
         said["token"] = token
     if window_bytes:
         said["window"] = window_bytes
+    if resume:
+        said["resume"] = True
     return Ask(Op.HELLO, json.dumps(said).encode(), Flag.CONTROL if control else 0)
 
 
@@ -139,11 +160,27 @@ def parse_hello(text: bytes) -> Peer:
         shards=_positive(document, "shards") if "shards" in document else 1,
         shard=_count(document, "shard"),
         window_bytes=_count(document, "window"),
+        resumable=document.get("resumable") is True,
+        last=_outcome(document.get("last")),
     )
     if peer.shard >= peer.shards:
         raise ProtocolError(f"the daemon says that shard {peer.shard} of {peer.shards} answers")
     frame_limit(1, peer.max_batch, peer.max_frame_bytes)
     return peer
+
+
+def _outcome(found: object) -> Outcome | None:
+    if found is None:
+        return None
+    try:
+        assert isinstance(found, dict)
+        numbers = [found[key] for key in ("request", "status", "flags")]
+        assert all(type(number) is int and number >= 0 for number in numbers)
+        slots = np.array(found["slots"], np.uint64)
+        assert slots.ndim == 1
+    except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
+        raise ProtocolError(f"the daemon's answer to HELLO has last = {found!r}") from None
+    return Outcome(request_id=numbers[0], status=numbers[1], flags=numbers[2], slots=slots)
 
 
 def _positive(document: dict[str, Any], key: str) -> int:

@@ -55,7 +55,18 @@ shard about 100 us beside its pages, and a page about 6."""
 class Frame:
     """One request and where the body of its reply goes. `where` are its pages in the call."""
 
-    __slots__ = ("body", "count", "flags", "held", "op", "scratch", "shard", "targets", "where")
+    __slots__ = (
+        "body",
+        "count",
+        "flags",
+        "held",
+        "op",
+        "scratch",
+        "shard",
+        "targets",
+        "undoes",
+        "where",
+    )
 
     def __init__(
         self,
@@ -79,6 +90,8 @@ class Frame:
         """Where pages arrive that belong to many places."""
         self.held: View | None = None
         """What the daemon may write to until it has answered, though nobody waits any more."""
+        self.undoes: list[View] = []
+        """The slots that a FREE gives back for a store that failed."""
         self.shard = 0
         """Where new slots were given out, so that they can be freed there."""
 
@@ -132,6 +145,12 @@ class Call:
     def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
         """Cut the request to a shard for the `count` pages at `where`."""
         raise NotImplementedError
+
+    def again(self, frame: Frame, shard: int) -> Frame | None:
+        """The same request once more, since it was not carried out; None: no need of it now."""
+        if self.error is not None or self.abandoned:
+            return None
+        return self.frame(frame.where, frame.count, shard)
 
     def accept(self, frame: Frame, body: bytes) -> None:
         """A frame succeeded; its targets are full. `body`: the text, where it had no targets."""
@@ -358,7 +377,19 @@ class Store(Call):
             return None
         self._undoing = True
         self._to_free.remove(mine)
-        return Frame(Op.FREE, mine.targets or [], [], mine.where, count=mine.count)
+        return self._undo(mine.targets or [], mine)
+
+    @staticmethod
+    def _undo(slots: list[View], stored: Frame) -> Frame:
+        frame = Frame(Op.FREE, slots, [], stored.where, count=stored.count)
+        frame.undoes = slots
+        return frame
+
+    def again(self, frame: Frame, shard: int) -> Frame | None:
+        """As for every call; what undoes the store is needed always."""
+        if frame.op is Op.FREE:
+            return self._undo(frame.undoes, frame)
+        return super().again(frame, shard)
 
     @property
     def over(self) -> bool:

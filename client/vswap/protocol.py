@@ -113,6 +113,8 @@ class Status(IntEnum):
     """A connection's first request must be HELLO, and only that one. Closes."""
     NO_SPACE = 0x209
     """Page operations on a CONTROL connection."""
+    SPACE_LOST = 0x20A
+    """HELLO: the space that is to be taken up again is not there. Closes."""
 
     PAGE_LOST = 0x301
     """LOAD: the device failed or a checksum did not match; the reply lists the slots. The other
@@ -142,6 +144,7 @@ _CLOSING: Final = frozenset(
         Status.BAD_VERSION,
         Status.FRAME_TOO_LARGE,
         Status.HELLO_FIRST,
+        Status.SPACE_LOST,
         Status.INTERNAL,
         Status.TOO_MANY_CONNECTIONS,
         Status.STOPPING,

@@ -23,7 +23,7 @@ from vswap.buffers import (
     target_of,
 )
 from vswap.errors import U64
-from vswap.greeting import greet
+from vswap.greeting import PATIENCE_S, greet
 from vswap.handle import Form, Receiver, StoredObject, take_apart
 from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
@@ -46,6 +46,7 @@ def connect(
     timeout: float | None = None,
     name: str | None = None,
     window: int = WINDOW_BYTES,
+    patience: float = PATIENCE_S,
 ) -> Space:
     """Connect to a daemon and open a space there.
 
@@ -58,14 +59,16 @@ def connect(
         name: How the daemon's status names this client. Default: the program's name.
         window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or
             none. 0: none is asked for.
+        patience: Seconds for which a daemon that has died is waited for. Where a service manager
+            keeps its memory, calls go on afterwards as if nothing had happened.
 
     Raises:
-        ValueError: `timeout` or `window` make no sense.
+        ValueError: `timeout`, `window` or `patience` make no sense.
         NoDaemon: none answers.
         ConnectionRefused: it has as many connections as it takes.
         ProtocolError: what answers is no daemon that this client can talk to.
     """
-    return Space(*greet(path, timeout, name, window=window))
+    return Space(*greet(path, timeout, name, window=window, patience=patience))
 
 
 class Space:

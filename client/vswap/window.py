@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from vswap.pages import Place
 from vswap.protocol import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -48,18 +49,44 @@ class Window:
     """
 
     def __init__(self, fd: int, size: int, shard: int) -> None:
+        self._shard = shard
+        self.wish = size
+        """What was given once, and is asked for again."""
+        self.generation = 0
+        """How often the memory was replaced by another."""
+        self._lock = threading.Lock()
+        self._map(fd, size)
+
+    def _map(self, fd: int, size: int) -> None:
         try:
             self._memory = np.frombuffer(mmap.mmap(fd, size), np.uint8)
         finally:
             os.close(fd)
-        self._shard = shard
+        self.size = size
         self._address = _address(self._memory)
-        self._lock = threading.Lock()
         self._lent = bytearray(size // PAGE_BYTES)
         """Per page: 1 if it is lent."""
         self._returned: deque[tuple[int, int]] = deque()
         self._used = False
         """Whether any part was ever lent."""
+
+    def replace(self, descriptor: int | None, size: int) -> None:
+        """The connection was taken up again, and has another window, or none.
+
+        What was lent out stays with its borrowers, as memory that nobody shares.
+        """
+        with self._lock:
+            self.generation += 1
+            if descriptor is not None and size and size % PAGE_BYTES == 0:
+                with contextlib.suppress(OSError, ValueError):
+                    self._map(descriptor, size)
+                    return
+            elif descriptor is not None:
+                os.close(descriptor)
+            self._address = self.size = 0
+            self._memory = np.empty(0, np.uint8)
+            self._lent = bytearray()
+            self._returned = deque()
 
     def buffer(self, pages: int) -> View | None:
         """Memory for `pages` pages, its content undefined; None: there is no such part left."""
@@ -85,7 +112,7 @@ class Window:
             offset = _address(np.frombuffer(whole, np.uint8)) - self._address
             inside = offset >= 0 and offset + whole.nbytes <= self._memory.nbytes
             if inside and offset % PAGE_BYTES == 0:
-                pages.place = (self._shard, offset)
+                pages.place = Place(self, self.generation, self._shard, offset)
         return pages
 
 

@@ -300,8 +300,8 @@ class Owner:
     def heard(self) -> None:
         raise AssertionError
 
-    def lose(self, error: vswap.VswapError) -> None:
-        raise AssertionError from error
+    def lose(self, lane: AsyncLane, error: vswap.VswapError) -> None:
+        raise AssertionError(lane) from error
 
 
 async def no_lane(shard: int) -> AsyncLane:
@@ -348,11 +348,11 @@ class EndingDaemon(FakeDaemon):
 
 
 ENDS: dict[str, tuple[Callable[[Header], bytes], type[Exception]]] = {
-    "without a word": (lambda _: b"", vswap.ConnectionLost),
-    "in a header": (lambda _: b"\x20\0\0\0\1", vswap.ConnectionLost),
+    "without a word": (lambda _: b"", vswap.Broken),
+    "in a header": (lambda _: b"\x20\0\0\0\1", vswap.Broken),
     "in a body": (
         lambda header: pack_header(Op.STORE, 8 * header.count, request_id=header.request_id) + b"1",
-        vswap.ConnectionLost,
+        vswap.Broken,
     ),
     "with last words": (
         lambda _: pack_header(0, 3, status=Status.STOPPING) + b"bye",

@@ -17,7 +17,7 @@ import vswap
 import vswap.aio
 from support.daemon import RunningDaemon, running_daemon
 from support.fake_daemon import FakeDaemon
-from vswap.pages import Pages, View
+from vswap.pages import Pages, Place, View
 from vswap.planner import Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Flag, Op
 from vswap.window import Window, window_of
@@ -47,7 +47,7 @@ def window() -> Window:
     return Window(fd, SIZE, 2)
 
 
-def place(window: Window, view: View) -> tuple[int, int] | None:
+def place(window: Window, view: View) -> Place | None:
     return window.locate(Pages(view)).place
 
 
@@ -230,7 +230,7 @@ def test_frames_in_the_window_carry_an_offset_and_no_pages() -> None:
             assert frame is not None
             assert frame.flags & Flag.WINDOW
             body = b"".join(frame.body)
-            assert int.from_bytes(body[:8], "little") == located[1] + at * PAGE_BYTES
+            assert int.from_bytes(body[:8], "little") == located.offset + at * PAGE_BYTES
             named = b"" if call.op is Op.STORE and not isinstance(call, Overwrite) else None
             assert body[8:] == (slots[at : at + 4].tobytes() if named is None else named)
     elsewhere = Store(shared.locate(Pages(view)), 4).next_frame(1)
@@ -286,6 +286,30 @@ def test_a_part_comes_back_when_its_last_view_goes() -> None:
     assert shared.buffer(1) is None
     del array
     assert shared.buffer(64) is not None
+
+
+def test_a_replaced_window_is_used_no_more() -> None:
+    """After the connection was taken up again, what was lent is ordinary memory."""
+    shared = window()
+    old = shared.buffer(8)
+    assert old is not None
+    old[:] = bytes([7]) * old.nbytes
+    waiting = shared.locate(Pages(old))
+    fd = os.memfd_create("window")
+    os.ftruncate(fd, SIZE)
+    shared.replace(fd, SIZE)
+    assert place(shared, old) is None
+    frame = Store(waiting, 8).next_frame(2)
+    assert frame is not None
+    assert not frame.flags
+    new = shared.buffer(64)
+    assert new is not None
+    assert place(shared, new) is not None
+    assert set(old) == {7}
+    del old
+    shared.replace(None, 0)
+    assert shared.buffer(1) is None
+    assert place(shared, new) is None
 
 
 def test_a_window_that_is_none_is_done_without() -> None:

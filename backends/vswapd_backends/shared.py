@@ -7,6 +7,8 @@ Invariants:
 - The file is sealed against shrinking: nobody who is handed the descriptor can turn a read of ours
   into SIGBUS (see memfd_create(2), F_SEAL_SHRINK).
 - It is left out of core dumps: it holds other programs' memory.
+- A label, where there is one, is the file's last page, behind the region: what stands in the region
+  keeps its alignment and its addresses. It is written once, before anything else.
 
 This module must not know what stands in a region.
 """
@@ -36,21 +38,27 @@ SYSTEM_PAGE: Final = mmap.PAGESIZE
 class SharedRegion:
     """`size` bytes of sparse shared memory; `size` is rounded up to whole pages."""
 
-    def __init__(self, name: str, size: int, *, fd: int = -1) -> None:
+    def __init__(self, name: str, size: int, *, fd: int = -1, label: bytes = b"") -> None:
         """Make a region, or take over one that was made elsewhere.
 
         Args:
             name: what the system calls it.
-            size: bytes.
+            size: bytes, the label not counted.
             fd: of one that was made by another process; owned from now on.
+            label: what says what the region is (see `read_label`), at most SYSTEM_PAGE bytes;
+                empty: nothing does. Of one that was made elsewhere: what it was made with.
         """
+        assert len(label) <= SYSTEM_PAGE
+        self._label_bytes: Final = SYSTEM_PAGE if label else 0
         self.size: Final = -(-size // SYSTEM_PAGE) * SYSTEM_PAGE
         made = fd < 0
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
         self.fd: Final = os.memfd_create(name, flags) if made else fd
         try:
             if made:
-                os.ftruncate(self.fd, self.size)
+                os.ftruncate(self.fd, self.size + self._label_bytes)
+                if label:
+                    os.pwrite(self.fd, label, self.size)
                 seals = fcntl.F_SEAL_SHRINK | _F_SEAL_GROW | fcntl.F_SEAL_SEAL
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
             self._map: Final = mmap.mmap(self.fd, self.size)
@@ -114,5 +122,14 @@ class SharedRegion:
 
     @property
     def resident_bytes(self) -> int:
-        """What the region really occupies, as the system counts it."""
-        return os.fstat(self.fd).st_blocks * 512
+        """What the region really occupies, as the system counts it; the label not counted."""
+        return os.fstat(self.fd).st_blocks * 512 - self._label_bytes
+
+
+def read_label(fd: int) -> bytes:
+    """The last page of a region's file: its label, if it was made with one, and zeros.
+
+    Raises:
+        OSError: the descriptor is no file.
+    """
+    return os.pread(fd, SYSTEM_PAGE, max(0, os.fstat(fd).st_size - SYSTEM_PAGE))

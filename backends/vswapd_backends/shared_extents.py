@@ -13,6 +13,7 @@ This module must not know devices, or what stands in an extent.
 
 from __future__ import annotations
 
+import heapq
 from typing import Final
 
 import numpy as np
@@ -81,6 +82,20 @@ class SharedExtents(ExtentMap):
         self._free_of[chunk] += 1
         if self._free_of[chunk] == self._size(chunk) < len(self._returned):
             self._give_chunk(chunk)
+
+    def restore(self, taken: list[int], bad: list[int]) -> None:
+        """See ExtentMap. The chunks are those that are marked as ours."""
+        self._taken = set(taken)
+        self._bad = set(bad)
+        retired = self._bad - self._taken
+        self._retired = len(retired)
+        for chunk in np.flatnonzero(self._owners == self._me).tolist():
+            first = chunk * self._chunk
+            extents = range(first, first + self._size(chunk))
+            free = [e for e in extents if e not in self._taken and e not in retired]
+            self._returned += free
+            self._free_of[chunk] = len(free)
+        heapq.heapify(self._returned)
 
     def leave(self) -> None:
         """Give all chunks back: nothing of ours is on the device any more."""

@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from vswapd_backends.base import (
     I64,
@@ -31,6 +32,7 @@ from vswapd_backends.base import (
     Operation,
     Places,
 )
+from vswapd_backends.kept import DEVICE_ROWS, ExtentColumns
 from vswapd_backends.segment import CHECK_BYTES, ENTRY_OVERHEAD, digests, salted
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, BlockDevice
 from vswapd_blockdev.extents import ExtentMap
@@ -39,6 +41,7 @@ EXTENT_BITS: Final = 24
 EXTENT_MASK: Final = (1 << EXTENT_BITS) - 1
 MAX_DEVICES: Final = 1 << 5
 assert EXTENT_BYTES == SEGMENT_BYTES
+assert DEVICE_ROWS == 1 << EXTENT_BITS
 
 
 @dataclass(slots=True)
@@ -53,10 +56,9 @@ class SwapDevice:
     map: ExtentMap
     live_bytes: I64
     live_entries: I64
-    sequence: I64
-    pool: I64
-    group: I64
     pins: I64
+    rows: npt.NDArray[np.void]
+    """What is kept of each extent; see `kept.EXTENT_ROW`."""
     draining: bool = False
     read_errors: int = 0
     write_errors: int = 0
@@ -76,9 +78,32 @@ class SwapDevice:
         """Extents that hold something."""
         return self.map.used - len(self.discards) - self.discarding
 
+    @property
+    def sequence(self) -> I64:
+        """The sequence number of each extent's image; 0: nothing was written to it."""
+        found: I64 = self.rows["sequence"]
+        return found
+
+    @property
+    def pool(self) -> npt.NDArray[np.int16]:
+        """The pool of each extent's entries."""
+        found: npt.NDArray[np.int16] = self.rows["pool"]
+        return found
+
+    @property
+    def group(self) -> npt.NDArray[np.int32]:
+        """The group of each extent's entries."""
+        found: npt.NDArray[np.int32] = self.rows["group"]
+        return found
+
     def number_of(self, extent: int) -> int:
         """The number that table words carry."""
         return (self.index << EXTENT_BITS) | extent
+
+    def streams_of(self, extents: I64) -> I64:
+        """A number per extent that only those of its own stream have; shape (n,)."""
+        found: I64 = (self.pool[extents].astype(np.int64) << 32) | self.group[extents]
+        return found
 
 
 @dataclass(slots=True)
@@ -96,7 +121,8 @@ class ReadPlan:
 class SwapDevices:
     """All devices. Slots' words name extents by number; `device_of` finds the way back."""
 
-    def __init__(self) -> None:
+    def __init__(self, columns: ExtentColumns | None = None) -> None:
+        self._columns = columns or ExtentColumns()
         self._devices: list[SwapDevice | None] = []
         self._added = 0
 
@@ -127,7 +153,7 @@ class SwapDevices:
                 return None
             index = len(self._devices)
             self._devices.append(None)
-        extents = min(device.extents, EXTENT_MASK)
+        extents = extents_used(device)
         entry = SwapDevice(
             index=index,
             device=device,
@@ -136,13 +162,57 @@ class SwapDevices:
             map=ExtentMap(extents) if extents_of is None else extents_of,
             live_bytes=_zeros(extents),
             live_entries=_zeros(extents),
-            sequence=_zeros(extents),
-            pool=_zeros(extents),
-            group=_zeros(extents),
             pins=_zeros(extents),
+            rows=self._columns.fresh(index, extents),
         )
         self._devices[index] = entry
         self._added += 1
+        return entry
+
+    def restore(  # noqa: PLR0913 - all that is known of a device
+        self,
+        index: int,
+        device: BlockDevice,
+        *,
+        priority: int,
+        added: int,
+        extents_of: ExtentMap | None,
+        entries: I64,
+        lengths: I64,
+    ) -> SwapDevice:
+        """Take up a device that another process has left.
+
+        Extents that something was written to, and that no word names, are to be discarded.
+
+        Args:
+            index: the one that it had.
+            device: the device, open again.
+            priority: as for `add`.
+            added: its place in the order of swapon.
+            extents_of: as for `add`.
+            entries: how many entries of each extent the table names; shape (extents,).
+            lengths: their compressed bytes; shape (extents,).
+        """
+        extents = extents_used(device)
+        entry = SwapDevice(
+            index=index,
+            device=device,
+            priority=priority,
+            added=added,
+            map=ExtentMap(extents) if extents_of is None else extents_of,
+            live_bytes=lengths,
+            live_entries=entries,
+            pins=_zeros(extents),
+            rows=self._columns.of(index, extents),
+        )
+        dead = np.flatnonzero((entry.sequence != 0) & (entries == 0))
+        taken = np.union1d(np.flatnonzero(entries), dead)
+        entry.map.restore(taken.tolist(), np.flatnonzero(entry.rows["bad"]).tolist())
+        entry.discards = dead.tolist()
+        self._devices += [None] * (index + 1 - len(self._devices))
+        assert self._devices[index] is None
+        self._devices[index] = entry
+        self._added = max(self._added, added + 1)
         return entry
 
     def remove(self, entry: SwapDevice) -> None:
@@ -215,6 +285,7 @@ class SwapDevices:
         """A write to this extent failed: count it, and never hand the extent out again."""
         entry, extent = self.device_of(number)
         entry.write_errors += 1
+        entry.rows["bad"][extent] = 1
         entry.map.mark_bad(extent)
 
     def _maybe_discard(self, entry: SwapDevice, extent: int) -> None:
@@ -242,6 +313,7 @@ class SwapDevices:
         finally:
             for entry, extents in batches:
                 entry.discarding -= len(extents)
+                entry.sequence[extents] = 0
                 for extent in extents:
                     entry.map.give(extent)
         return sum(len(extents) for _, extents in batches)
@@ -363,11 +435,13 @@ class SwapDevices:
         return self._column("pool", numbers)
 
     def _column(self, name: str, numbers: I64) -> I64:
+        """One field of the rows of n extents."""
         result = np.empty(len(numbers), np.int64)
         for index in np.unique(numbers >> EXTENT_BITS).tolist():
             entry = self._devices[index]
             which = (numbers >> EXTENT_BITS) == index
-            result[which] = getattr(entry, name)[numbers[which] & EXTENT_MASK]
+            assert entry is not None
+            result[which] = entry.rows[name][numbers[which] & EXTENT_MASK]
         return result
 
 
@@ -383,6 +457,16 @@ def image_writes(
         IoRequest(IoKind.WRITE, device, extent, 0, low, image[:low]),
         IoRequest(IoKind.WRITE, device, extent, high, SEGMENT_BYTES - high, image[high:]),
     ]
+
+
+class _HasExtents(Protocol):
+    @property
+    def extents(self) -> int: ...
+
+
+def extents_used(device: _HasExtents) -> int:
+    """How many extents of a device words can name."""
+    return min(device.extents, EXTENT_MASK)
 
 
 def footprint(entry: SwapDevice, extents: I64) -> I64:

@@ -17,8 +17,10 @@ import heapq
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES
+from vswapd_backends.kept import SegmentColumns
 from vswapd_backends.segment import DIRECTORY_ENTRY_BYTES
 from vswapd_backends.shared import SharedRegion
 
@@ -28,21 +30,41 @@ _SPARE_SHARE: Final = 16
 faulting it in again saves 0.4 to 0.9 us per stored page, of 6 in all (medians of 9 rounds)."""
 
 
+def segments_in(arena_bytes: int) -> int:
+    """How many segments an arena of that size has."""
+    return max(2, -(-arena_bytes // SEGMENT_BYTES))
+
+
 class ZPool:
     """`segments` segments of SEGMENT_BYTES each; the lowest free one is handed out first."""
 
-    def __init__(self, arena_bytes: int) -> None:
-        self.segments: Final = max(2, -(-arena_bytes // SEGMENT_BYTES))
-        self.region: Final = SharedRegion("vswapd-pool", self.segments * SEGMENT_BYTES)
+    def __init__(
+        self,
+        arena_bytes: int,
+        region: SharedRegion | None = None,
+        columns: SegmentColumns | None = None,
+    ) -> None:
+        """An arena.
+
+        Args:
+            arena_bytes: how large it is at most; rounded up to whole segments.
+            region: its memory, of that size; None: of its own.
+            columns: what is kept of its segments; None: memory of its own.
+        """
+        self.segments: Final = segments_in(arena_bytes)
+        size = self.segments * SEGMENT_BYTES
+        self.region: Final = SharedRegion("vswapd-pool", size) if region is None else region
+        assert self.region.size == size
+        self.columns: Final = columns or SegmentColumns.private(self.segments)
         self.view: Final = self.region.view
         self.bytes: Final = self.region.bytes_array()
         self.words: Final = self.region.words_array()
         # Pages touched from the front (header, payload) and from the back (directory).
-        self._low: Final[I64] = np.zeros(self.segments, np.int64)
-        self._high: Final[I64] = np.zeros(self.segments, np.int64)
+        self._low: Final[I64] = self.columns.low
+        self._high: Final[I64] = self.columns.high
         self._free: list[int] = []
         self._spare: list[int] = []
-        self.limit = 0
+        self.limit = self.columns.head.item(0)
         """No segment at or above this number was ever handed out."""
         self.in_use = 0
         self.resident_bytes = 0
@@ -71,6 +93,7 @@ class ZPool:
         if self._free:
             return heapq.heappop(self._free)
         self.limit += 1
+        self.columns.head[0] = self.limit
         return self.limit - 1
 
     def touched(self, segment: int, payload_end: int, count: int) -> None:
@@ -93,8 +116,7 @@ class ZPool:
         before = self._occupied(segment)
         if low + high >= _SEGMENT_PAGES or before == (low + high) * PAGE_BYTES:
             return
-        first = segment * SEGMENT_BYTES + low * PAGE_BYTES
-        self.region.punch(first, (_SEGMENT_PAGES - low - high) * PAGE_BYTES)
+        self._punch_middle(segment, low, high)
         self._low[segment], self._high[segment] = low, high
         self.resident_bytes += self._occupied(segment) - before
 
@@ -120,6 +142,44 @@ class ZPool:
         self.spare_bytes -= occupied
         self._low[segment] = self._high[segment] = 0
         heapq.heappush(self._free, segment)
+
+    def restore(self, used: npt.NDArray[np.bool_]) -> None:
+        """Take up what another process has left: only these segments are handed out.
+
+        Args:
+            used: which segments are; shape (limit,). What is kept of them says what they occupy.
+        """
+        free = np.flatnonzero(~used)
+        breaks = np.flatnonzero(np.diff(free) != 1) + 1
+        for run in np.split(free, breaks) if len(free) else []:
+            self.region.punch(int(run[0]) * SEGMENT_BYTES, len(run) * SEGMENT_BYTES)
+        self._low[free] = self._high[free] = 0
+        self._free = free.tolist()  # ascending: a heap
+        self._spare = []
+        self.spare_bytes = 0
+        self.in_use = int(used.sum())
+        segments = np.flatnonzero(used)
+        self.resident_bytes = int(self.occupied(segments).sum())
+        if self.resident_bytes != self.region.resident_bytes:
+            # Rare, and a system call each: a writer was killed before it gave back what it did not
+            # use, or before it had accounted what it touched.
+            for segment in segments.tolist():
+                self._punch_middle(segment, int(self._low[segment]), int(self._high[segment]))
+
+    def shape(self, segment: int, payload_end: int, count: int) -> None:
+        """Give back the pages of a segment that nothing of its payload and directory lies on.
+
+        For `restore`: nothing is accounted.
+        """
+        low = -(-payload_end // PAGE_BYTES)
+        high = -(-count * DIRECTORY_ENTRY_BYTES // PAGE_BYTES)
+        self._punch_middle(segment, low, high)
+        self._low[segment], self._high[segment] = low, high
+
+    def _punch_middle(self, segment: int, low: int, high: int) -> None:
+        if low + high < _SEGMENT_PAGES:
+            first = segment * SEGMENT_BYTES + low * PAGE_BYTES
+            self.region.punch(first, (_SEGMENT_PAGES - low - high) * PAGE_BYTES)
 
     def segment_view(self, segment: int) -> memoryview:
         """The bytes of one segment."""

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, Places
 from vswapd_backends.codec import Codec, CorruptError, codec_from_spec
+from vswapd_backends.kept import F64, Names
 from vswapd_backends.segment import (
     CAPACITY,
     CHECK_BYTES,
@@ -39,8 +40,8 @@ from vswapd_backends.segment import (
 )
 from vswapd_backends.zpool import ZPool
 
-F64 = npt.NDArray[np.float64]
-
+MOST_POOLS: Final = 256
+SPEC_BYTES: Final = 32
 _NEVER: Final = np.iinfo(np.int64).max
 _TWO_PAGES: Final = 2 * PAGE_BYTES
 
@@ -93,26 +94,42 @@ Stream = tuple[int, int]
 class Zswap:
     """All pools, their streams, and the segments that these are made of."""
 
-    def __init__(self, arena: ZPool, codec: str) -> None:
+    def __init__(self, arena: ZPool, codec: str, specs: Names | None = None) -> None:
+        """Pools in an arena.
+
+        Args:
+            arena: their memory.
+            codec: what new pages are compressed with.
+            specs: the codecs of the pools that there were, by index; new ones are added to it.
+
+        Raises:
+            UnknownCodecError: one of them is no codec.
+        """
         self.arena: Final = arena
         self.pools: list[Pool] = []
         self._by_spec: dict[str, Pool] = {}
-        self._sequence = 0
+        self._specs = specs or Names.private(MOST_POOLS, SPEC_BYTES)
+        columns = arena.columns
+        self._kept_sequence = columns.head[1:]
+        self._sequence = columns.head.item(1)
         self._open: dict[Stream, tuple[int, ImageBuilder]] = {}
         shape = arena.segments
         self.live_bytes: Final[I64] = np.zeros(shape, np.int64)
         self.live_entries: Final[I64] = np.zeros(shape, np.int64)
         # Ages of free segments are _NEVER. Set lazily, so that the array costs nothing up front:
         # what is at or above arena.limit is not looked at.
-        self._age: Final[I64] = np.zeros(shape, np.int64)
-        self._stamp = np.zeros(shape, np.float64)
-        self._count: Final[I64] = np.zeros(shape, np.int64)
-        self._pool: Final[I64] = np.zeros(shape, np.int64)
-        self._group: Final[I64] = np.zeros(shape, np.int64)
+        self._age: Final[I64] = columns.age
+        self._stamp: Final[F64] = columns.stamp
+        self._count: Final[I64] = columns.count
+        self._pool: Final[I64] = columns.pool
+        self._group: Final[I64] = columns.group
+        self._sealed: Final[I64] = columns.sealed
         self._pins: Final[I64] = np.zeros(shape, np.int64)
         self.corrupt_entries = 0
         self.total_live_bytes = 0
         self.total_entries = 0
+        for spec in self._specs.all():
+            self._add_pool(spec)
         self.current = self.pool_of(codec)
 
     # Pools
@@ -125,14 +142,21 @@ class Zswap:
         """
         found = self._by_spec.get(spec)
         if found is None:
-            found = Pool(len(self.pools), codec_from_spec(spec))
-            self.pools.append(found)
-            self._by_spec[spec] = found
+            found = self._add_pool(spec)
+            index = self._specs.add(spec)
+            assert index == found.index
         return found
+
+    def _add_pool(self, spec: str) -> Pool:
+        pool = Pool(len(self.pools), codec_from_spec(spec))
+        self.pools.append(pool)
+        self._by_spec[spec] = pool
+        return pool
 
     def next_sequence(self) -> int:
         """A number that no segment and no extent had before."""
         self._sequence += 1
+        self._kept_sequence[0] = self._sequence
         return self._sequence
 
     # Append
@@ -231,6 +255,7 @@ class Zswap:
         self._pool[segment] = pool
         self._group[segment] = group
         self._count[segment] = 0
+        self._sealed[segment] = 0
         return segment, builder
 
     def adopt(self, segment: int, builder: ImageBuilder, *, age: int, stamp: float) -> None:
@@ -246,6 +271,7 @@ class Zswap:
         length = int(directory.lengths.sum())
         self.live_bytes[segment] = length
         self.live_entries[segment] = len(directory)
+        self._sealed[segment] = 1
         self._account(self.pools[int(self._pool[segment])], len(directory), length)
 
     def seal(self, stream: Stream) -> None:
@@ -254,8 +280,36 @@ class Zswap:
         builder.finish()
         if self.live_entries[segment]:
             self.arena.finished(segment, builder.payload_end, builder.count)
+            self._sealed[segment] = 1
         else:
             self._maybe_return(segment)
+
+    def restore(self, entries: I64, lengths: I64) -> None:
+        """Take up what another process has left, all of it sealed. Nothing is known yet.
+
+        Args:
+            entries: how many entries of each segment the table names; shape (arena.limit,).
+            lengths: their compressed bytes; shape (arena.limit,).
+        """
+        limit = self.arena.limit
+        self.live_entries[:limit] = entries
+        self.live_bytes[:limit] = lengths
+        used = entries > 0
+        free = np.flatnonzero(~used)
+        self._age[free] = _NEVER
+        self._count[free] = 0
+        for segment in np.flatnonzero(used & (self._sealed[:limit] == 0)).tolist():
+            # What was appended, but not counted, is named by no word: the directory ends before it.
+            directory = self.directory(segment)
+            end = int(directory.offsets[-1] + CHECK_BYTES + directory.lengths[-1])
+            self.arena.shape(segment, end, len(directory))
+            self._sealed[segment] = 1
+        self.arena.restore(used)
+        of = self._pool[:limit][used]
+        count = np.bincount(of, entries[used], len(self.pools)).astype(np.int64)
+        length = np.bincount(of, lengths[used], len(self.pools)).astype(np.int64)
+        for pool in self.pools:
+            self._account(pool, int(count[pool.index]), int(length[pool.index]))
 
     # Entries die
 

@@ -66,6 +66,32 @@ class ExtentMap:
         else:
             heapq.heappush(self._returned, extent)
 
+    def restore(self, taken: list[int], bad: list[int]) -> None:
+        """Take up what another process has left; nothing was taken yet.
+
+        Args:
+            taken: extents that are used, ascending.
+            bad: extents that are not to be handed out again, used or not.
+        """
+        self._taken = set(taken)
+        self._bad = set(bad)
+        retired = self._bad - self._taken
+        self._retired = len(retired)
+        self._limit = max([*taken[-1:], *bad], default=-1) + 1
+        # Ascending: a heap.
+        self._returned = [
+            extent
+            for extent in range(self._limit)
+            if extent not in self._taken and extent not in retired
+        ]
+
+    def retire_free(self) -> None:
+        """Never hand out an extent again: neither those that are free, nor those given back."""
+        self._bad = set(range(self.extents))
+        self._retired = self.extents - len(self._taken)
+        self._returned = []
+        self._fresh = self._limit = 0
+
     def leave(self) -> None:
         """No extent is used any more, nor will be."""
 

@@ -3,8 +3,14 @@
     slot id (u64):  shard:8 | cluster generation:16 | slot number:40     (most significant first)
 
 A cluster belongs to one space from its first slot to its last. When its last slot is freed its
-generation rises and its page of table goes back, so ids of the old generation are wrong for ever;
-a cluster whose generations are used up is retired instead of starting again.
+generation is used up and its page of table goes back, so ids of the old generation are wrong for
+ever; a cluster whose generations are all used up is retired instead of starting again.
+
+What outlives the process is one word per cluster: its last generation, and its owner while it has
+one. It is written before the first word of table that needs it, and without its owner after the
+last one has become FREE. The rest is for speed, and is made again from that and the table.
+
+    kept word (u64):  generation:16 (counted from 1; 0: never handed out) | 0:16 | owner:32
 
 Invariants:
 - key[c] is 0 exactly when no slot of c is allocated; used[c] counts the allocated ones.
@@ -31,6 +37,7 @@ _PREFIX_MASK: Final = ~_NUMBER_MASK
 _OWNER_MASK: Final = (1 << 32) - 1
 _GENERATIONS: Final = (1 << 16) - 1
 """How often a cluster is handed out: generations 1 to 65535."""
+_KEPT_SHIFT: Final = 48
 _HINT: Final = "only slots that this space was given, and has not freed, can be used"
 
 
@@ -52,17 +59,32 @@ class SlotSet:
 class Clusters:
     """Hands out slots, takes them back, and tells ids from impostors. All in batches."""
 
-    def __init__(self, table: SwapTable, shard: int = 0) -> None:
+    def __init__(
+        self,
+        table: SwapTable,
+        shard: int = 0,
+        kept: U64 | None = None,
+        kept_limit: I64 | None = None,
+    ) -> None:
+        """For a table in which nothing is allocated, as far as is known (see `restore`).
+
+        Args:
+            table: the words.
+            shard: what all ids begin with.
+            kept: what outlives the process, a word per cluster; None: memory of its own.
+            kept_limit: the same for `limit`, one word.
+        """
         self._table = table
         total = table.max_slots >> CLUSTER_SHIFT
         self.total: Final = total
-        self._generation = np.zeros(total, np.uint16)
+        self._kept: U64 = np.zeros(total, np.uint64) if kept is None else kept
+        self._kept_limit = np.zeros(1, np.int64) if kept_limit is None else kept_limit
         self._used = np.zeros(total, np.uint16)
         # Per cluster: what its ids begin with (shard, and generation counted from 1), and below it
         # its owner; one comparison checks all three. 0, as of an untouched entry, fits nobody.
         self._key: I64 = np.zeros(total + 1, np.int64)
         self._shard = shard
-        self._limit = 0
+        self._limit = self._kept_limit.item(0)
         self._free: list[int] = []
         self.retired = 0
         self.in_use = 0
@@ -172,8 +194,10 @@ class Clusters:
         else:
             cluster = self._limit
             self._limit += 1
-        prefix = np.uint64((self._shard << 16) | (int(self._generation[cluster]) + 1))
-        self._key[cluster] = (prefix << np.uint64(_NUMBER_BITS)).view(np.int64) | slots.owner
+            self._kept_limit[0] = self._limit
+        generation = (self._kept.item(cluster) >> _KEPT_SHIFT) + 1
+        self._kept[cluster] = generation << _KEPT_SHIFT | slots.owner
+        self._key[cluster] = self._prefix(generation) | slots.owner
         slots.partial[cluster] = None
         slots.clusters.add(cluster)
         self.in_use += 1
@@ -184,14 +208,60 @@ class Clusters:
         for cluster in clusters.tolist():
             slots.partial.pop(cluster, None)
             slots.clusters.discard(cluster)
-            generation = int(self._generation[cluster]) + 1
+            generation = self._kept.item(cluster) >> _KEPT_SHIFT
+            self._kept[cluster] = generation << _KEPT_SHIFT
             if generation == _GENERATIONS:
                 self.retired += 1
             else:
-                self._generation[cluster] = generation
                 self._free.append(cluster)
         self.in_use -= len(clusters)
         self._table.give_back(clusters)
+
+    def _prefix(self, generation: int) -> int:
+        """What ids of a generation begin with, as a signed number."""
+        prefix = ((self._shard << 16) | generation) << _NUMBER_BITS
+        return prefix - (1 << 64) if prefix >> 63 else prefix
+
+    # What another process has left
+
+    def kept_clusters(self) -> tuple[I64, I64]:
+        """Clusters that have an owner, ascending, and their owners; shapes (k,)."""
+        owners = (self._kept[: self._limit] & np.uint64(_OWNER_MASK)).view(np.int64)
+        clusters = np.flatnonzero(owners)
+        return clusters, owners[clusters]
+
+    def disown(self, clusters: I64) -> None:
+        """Forget what stood in clusters, and whose they were. For `restore`, and before it."""
+        # The words first: a cluster that nobody owns is handed out as it is.
+        self._table.wipe(clusters)
+        self._kept[clusters] &= ~np.uint64(_OWNER_MASK)
+
+    def restore(self, sets: dict[int, SlotSet], clusters: I64, used: I64) -> None:
+        """Take up what another process has left. Nothing is known yet.
+
+        Args:
+            sets: the spaces' empty sets, by their numbers.
+            clusters: those of `kept_clusters` that are left, ascending; each one's owner is there.
+            used: how many of the slots of each the table has allocated, at least one; shape (k,).
+        """
+        generations = (self._kept[: self._limit] >> np.uint64(_KEPT_SHIFT)).view(np.int64)
+        owners = self._kept[clusters].view(np.int64) & _OWNER_MASK
+        prefixes = (generations[clusters] | self._shard << 16) << _NUMBER_BITS
+        self._key[clusters] = prefixes | owners
+        self._used[clusters] = used
+        self.in_use = len(clusters)
+        closed = np.ones(self._limit, np.bool_)
+        closed[clusters] = False
+        self.retired = int((generations[closed] == _GENERATIONS).sum())
+        # Popped from the end: the lowest first.
+        self._free = np.flatnonzero(closed & (generations < _GENERATIONS))[::-1].tolist()
+        order = np.argsort(owners, kind="stable")
+        starts = np.flatnonzero(np.diff(owners[order], prepend=0))
+        for mine in np.split(order, starts[1:]) if len(order) else []:
+            slots = sets[int(owners[mine[0]])]
+            slots.clusters = set(clusters[mine].tolist())
+            slots.partial = dict.fromkeys(clusters[mine[used[mine] < CLUSTER_SLOTS]].tolist())
+            slots.slots = int(used[mine].sum())
 
     def owners_of(self, clusters: I64) -> I64:
         """The numbers of the spaces that clusters belong to; 0 where nothing is allocated."""
@@ -202,6 +272,11 @@ class Clusters:
         """Which slot numbers lie in clusters with allocated slots; see `open_clusters`."""
         found: npt.NDArray[np.bool_] = self._key[numbers >> CLUSTER_SHIFT] != 0
         return found
+
+    @property
+    def limit(self) -> int:
+        """No cluster at or above this number was ever handed out."""
+        return self._limit
 
     def open_clusters(self) -> I64:
         """Clusters with allocated slots, ascending.

@@ -17,12 +17,13 @@ from typing import Final
 import numpy as np
 
 from vswapd.clusters import Clusters
+from vswapd.control import Control
 from vswapd.groups import Group, Groups, Space
 from vswapd.ledger import Column, Ledger
+from vswapd.memory import Head, ShardMemory
 from vswapd.settings import Settings
 from vswapd.stats import Stats
 from vswapd.swap_table import (
-    CLUSTER_SLOTS,
     TAGS,
     SwapTable,
     Tag,
@@ -48,28 +49,36 @@ class Core:
     def __init__(
         self,
         settings: Settings,
-        arena: ZPool,
-        devices: SwapDevices,
+        memory: ShardMemory,
         clock: Callable[[], float],
         ledger: Ledger,
     ) -> None:
         self.settings = settings
         self.ledger: Final = ledger
         self.clock: Final = clock
-        self.table: Final = SwapTable(-(-settings.max_slots // CLUSTER_SLOTS) * CLUSTER_SLOTS)
-        self.clusters: Final = Clusters(self.table, ledger.shard)
-        self.zswap: Final = Zswap(arena, settings.codec)
-        self.devices: Final = devices
-        self.groups: Final = Groups(settings, ledger)
+        self.memory: Final = memory
+        self.control: Final = Control(memory)
+        head = self.control.head
+        self.table: Final = SwapTable(memory.shape.max_slots, memory.table)
+        self.clusters: Final = Clusters(
+            self.table,
+            memory.shape.shard,
+            memory.clusters,
+            head[Head.CLUSTERS : Head.CLUSTERS + 1],
+        )
+        arena = ZPool(memory.pool.size, memory.pool, memory.segments)
+        self.zswap: Final = Zswap(arena, settings.codec, memory.specs)
+        self.devices: Final = SwapDevices(memory.extents)
+        self.groups: Final = Groups(settings, ledger, memory.groups)
         self.spaces: Final[dict[int, Space]] = {}
         self.stats: Final = Stats()
         self.slot_counts: I64 = np.zeros(TAGS, np.int64)
         """Allocated slots by tag; [FREE] is meaningless."""
         self.pool_was_full = False
         """The pool refused, and has not been at or below the accept threshold since."""
-        self._budget_day = -1.0
+        self._budget_day = head.item(Head.BUDGET_DAY) - 1.0
         arena.most_bytes = settings.pool_max
-        self._budget_used = 0
+        self._budget_used = head.item(Head.BUDGET_USED)
         self.budget_pending = 0
         """Bytes of writes that are under way, and not spent yet."""
 
@@ -224,6 +233,12 @@ class Core:
         """Count bytes that were written to a device against today's budget."""
         self.budget_left()
         self._budget_used += written
+        if self.settings.write_budget:
+            head = self.control.head
+            # Without its day, for a moment: rather too little than too much is counted.
+            head[Head.BUDGET_DAY] = 0
+            head[Head.BUDGET_USED] = self._budget_used
+            head[Head.BUDGET_DAY] = int(self._budget_day) + 1
         self.enter_budget()
 
     def enter_budget(self) -> None:

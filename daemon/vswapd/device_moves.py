@@ -125,6 +125,7 @@ class DeviceMoves:
             device.draining = False
             raise
         devices.remove(device)
+        self._core.control.forget_device(device.index)
         return moved
 
     def _drain(self, device: SwapDevice, extent: int) -> Operation[int]:
@@ -217,7 +218,7 @@ class DeviceMoves:
         extents = np.flatnonzero((device.live_entries > 0) & (device.pins == 0))
         if len(extents) < 2:  # noqa: PLR2004 - one extent has nothing to be merged with
             return None
-        streams = (device.pool[extents] << 32) | device.group[extents]
+        streams = device.streams_of(extents)
         need = footprint(device, extents)
         order = np.lexsort((need, streams))
         _, first, of = np.unique(streams[order], return_index=True, return_inverse=True)

@@ -15,9 +15,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vswapd.clusters import SlotSet
-from vswapd.errors import BadSlotError
+from vswapd.errors import BadSlotError, OutOfServiceError
 from vswapd.ledger import Ledger
 from vswapd.settings import GroupLimits, Settings
+from vswapd_backends.kept import Names, NamesFullError
+
+
+MOST_GROUPS: Final = 1 << 16
+NAME_BYTES: Final = 64
 
 
 @dataclass(slots=True)
@@ -88,6 +93,14 @@ class Space:
     """The same for all parts of a space that several shards share; empty: there is one part."""
     joined: bool = False
     """Whether this is a part that came after the first: its space is counted where that one is."""
+    name: str = ""
+    """Of a space that is to outlive its client; empty: it has none."""
+    record: int = -1
+    """Where it is kept."""
+    attached: bool = True
+    """Whether a client is connected to it."""
+    since: float = 0.0
+    """The clock's time at which that became so."""
 
 
 def refuse_closed(space: Space) -> None:
@@ -103,11 +116,21 @@ def refuse_closed(space: Space) -> None:
 class Groups:
     """All groups that have ever had a space, by name and by index."""
 
-    def __init__(self, settings: Settings, ledger: Ledger) -> None:
+    def __init__(self, settings: Settings, ledger: Ledger, names: Names | None = None) -> None:
+        """The groups that there were, none of which holds anything as far as is known.
+
+        Args:
+            settings: their limits.
+            ledger: what the limits are shared through.
+            names: the groups by index; new ones are added to it.
+        """
         self._settings = settings
         self._ledger = ledger
+        self._names = names or Names.private(MOST_GROUPS, NAME_BYTES)
         self._by_name: dict[str, Group] = {}
         self._by_index: Final[list[Group]] = []
+        for name in self._names.all():
+            self._add(name)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self._by_index)
@@ -119,19 +142,32 @@ class Groups:
         return self._by_index[index]
 
     def get(self, name: str) -> Group:
-        """The group of that name, made if there is none yet."""
+        """The group of that name, made if there is none yet.
+
+        Raises:
+            OutOfServiceError: it cannot be made; nothing was changed.
+        """
         found = self._by_name.get(name)
         if found is None:
-            found = Group(
-                len(self._by_index),
-                name,
-                self._settings.limits_of(name),
-                ledger=self._ledger,
-                columns=self._ledger.columns_of(name),
-            )
-            self._by_name[name] = found
-            self._by_index.append(found)
+            try:
+                index = self._names.add(name)
+            except NamesFullError as error:
+                raise OutOfServiceError(f"no more groups: {error}") from None
+            found = self._add(name)
+            assert index == found.index
         return found
+
+    def _add(self, name: str) -> Group:
+        group = Group(
+            len(self._by_index),
+            name,
+            self._settings.limits_of(name),
+            ledger=self._ledger,
+            columns=self._ledger.columns_of(name),
+        )
+        self._by_name[name] = group
+        self._by_index.append(group)
+        return group
 
     def apply(self, settings: Settings) -> None:
         """Take over limits that were changed at run time."""

@@ -117,10 +117,13 @@ def without_reference(words: U64) -> U64:
 class SwapTable:
     """`max_slots` words. Reading and writing goes through `words`, by arrays of slot numbers."""
 
-    def __init__(self, max_slots: int) -> None:
+    def __init__(self, max_slots: int, region: SharedRegion | None = None) -> None:
+        """A table of so many words, in a region of that size; None: one of its own."""
         assert max_slots % CLUSTER_SLOTS == 0
         self.max_slots: Final = max_slots
-        self.region: Final = SharedRegion("vswapd-table", max_slots * WORD_BYTES)
+        size = max_slots * WORD_BYTES
+        self.region: Final = SharedRegion("vswapd-table", size) if region is None else region
+        assert self.region.size == size
         self.words: Final[U64] = self.region.words_array()
 
     def give_back(self, clusters: I64) -> None:
@@ -130,6 +133,12 @@ class SwapTable:
             self.region.punch(
                 first * CLUSTER_SLOTS * WORD_BYTES, count * CLUSTER_SLOTS * WORD_BYTES
             )
+
+    def wipe(self, clusters: I64) -> None:
+        """Make all words of clusters FREE, whatever they were, and return their pages."""
+        for first, count in runs(clusters):
+            size = CLUSTER_SLOTS * WORD_BYTES
+            self.region.punch(first * size, count * size)
 
     @property
     def resident_bytes(self) -> int:

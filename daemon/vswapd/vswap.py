@@ -12,6 +12,7 @@ is not thread-safe; whoever drives it holds one lock per step (see `vswapd_backe
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from vswap.protocol import MAX_BATCH, Reason
 from vswapd import snapshot as snapshots
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
+from vswapd.control import KeptDevice, Origin
 from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.errors import (
@@ -36,6 +38,8 @@ from vswapd.fallback import Fallback
 from vswapd.groups import Space, refuse_closed
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
+from vswapd.memory import Shape, ShardMemory
+from vswapd.recovery import Reopen, recover
 from vswapd.room import Refusal, Room, reason_for
 from vswapd.settings import Settings
 from vswapd.shrinker import Shrinker
@@ -50,13 +54,12 @@ from vswapd.writeback import Cause, Stop, Writeback, Written
 from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, Operation, Places, T
 from vswapd_backends.codec import UnknownCodecError
 from vswapd_backends.segment import payload_of
-from vswapd_backends.swapdev import SwapDevices
 from vswapd_backends.zero import zero_pages
-from vswapd_backends.zpool import ZPool
 from vswapd_backends.zswap import Compressed
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 
+NO_ORIGIN: Final = Origin()
 _PAGE_WORDS: Final = PAGE_BYTES // 8
 _PAGE_SLICES: Final = [slice(i * PAGE_BYTES, (i + 1) * PAGE_BYTES) for i in range(MAX_BATCH)]
 """Made once: a slice per page and request would be 0.03 us."""
@@ -98,13 +101,13 @@ class Engine:
         self,
         *,
         settings: Settings,
-        arena: ZPool,
-        devices: SwapDevices,
+        memory: ShardMemory,
         clock: Callable[[], float],
         ledger: Ledger,
     ) -> None:
+        """Over memory in which nothing is kept yet; see `create` and `recover`."""
         try:
-            self.core: Final = Core(settings, arena, devices, clock, ledger)
+            self.core: Final = Core(settings, memory, clock, ledger)
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
         self._writeback: Final = Writeback(self.core)
@@ -116,8 +119,6 @@ class Engine:
         self._loading: Final = Loading(self.core, self._fallback, self.shrinker, self._nudge)
         self.on_pressure: Callable[[], None] | None = None
         """Called, under the lock, when the shrinker has got something to do. Must be cheap."""
-        # Shards take turns at numbers, so that none is another's.
-        self._next_space = 1 + ledger.shard
 
     @classmethod
     def create(
@@ -127,26 +128,52 @@ class Engine:
         *,
         arena_bytes: int | None = None,
         ledger: Ledger | None = None,
+        memory: ShardMemory | None = None,
     ) -> Engine:
-        """An engine with memory of its own.
+        """An engine with new memory.
 
         Args:
             settings: what it starts with.
             clock: seconds; only differences and days of it are used.
-            arena_bytes: address space for the pool, the most that `pool_max` can be raised to;
-                by default the machine's RAM, or pool_max and a little if that is more.
+            arena_bytes: see `shape_for`.
             ledger: what it shares limits through; by default it is alone.
+            memory: what nothing is kept in yet; None: made here.
         """
-        ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        least = settings.pool_max + (8 << 20)
-        arena = ZPool(max(least, ram if arena_bytes is None else arena_bytes))
-        return cls(
-            settings=settings,
-            arena=arena,
-            devices=SwapDevices(),
-            clock=clock,
-            ledger=ledger or Ledger(),
-        )
+        ledger = ledger or Ledger()
+        if memory is None:
+            memory = ShardMemory.create(shape_for(settings, ledger.shard, arena_bytes))
+        return cls(settings=settings, memory=memory, clock=clock, ledger=ledger)
+
+    @classmethod
+    def recover(
+        cls,
+        settings: Settings,
+        clock: Callable[[], float],
+        *,
+        memory: ShardMemory,
+        reopen: Reopen,
+        ledger: Ledger | None = None,
+    ) -> Engine:
+        """An engine that goes on where another one has ended, wherever that was.
+
+        All spaces are there, without clients (see `orphans`).
+
+        Args:
+            settings: what it starts with. `max_slots` is the memory's.
+            clock: one that goes on where the other's ended, as far as that matters to anybody.
+            memory: what the other one has left.
+            reopen: opens its devices again.
+            ledger: what it shares limits through; by default it is alone.
+
+        Raises:
+            ArgumentError: the settings do not fit the memory; it was left alone.
+            RecoveryError: what is kept does not fit together.
+        """
+        settings = dataclasses.replace(settings, max_slots=memory.shape.max_slots)
+        refuse_small_arena(settings, memory.pool.size)
+        engine = cls(settings=settings, memory=memory, clock=clock, ledger=ledger or Ledger())
+        recover(engine.core, reopen)
+        return engine
 
     # Spaces
 
@@ -159,6 +186,7 @@ class Engine:
         pid: int = 0,
         key: str = "",
         joined: bool = False,
+        name: str = "",
     ) -> Space:
         """A new space without slots.
 
@@ -169,12 +197,19 @@ class Engine:
             pid: the client's process.
             key: what tells the parts of a space on several shards to be one.
             joined: whether this is a part that came after the first.
+            name: of a space that is to outlive its client; empty: it has none.
+
+        Raises:
+            OutOfServiceError: there are too many spaces, or groups.
+            ArgumentError: name or key is too long.
         """
-        number = self._next_space
-        self._next_space += self.core.ledger.shards
+        group_of = self.core.groups.get(group)
+        # Shards take turns at numbers, so that none is another's.
+        ledger = self.core.ledger
+        number = self.core.control.next_space(ledger.shards, 1 + ledger.shard)
         space = Space(
             id=number,
-            group=self.core.groups.get(group),
+            group=group_of,
             client=client,
             pid=pid,
             uid=uid,
@@ -182,16 +217,59 @@ class Engine:
             slots=SlotSet(number),
             key=key,
             joined=joined,
+            name=name,
+            since=self.core.clock(),
         )
+        self.core.control.add_space(space)
         space.group.spaces += not joined
         self.core.spaces[number] = space
         return space
+
+    def detach(self, space: Space) -> None:
+        """The space's client has gone, and may come back: see `reopen_space`."""
+        space.attached = False
+        space.since = self.core.clock()
+
+    def orphans(self) -> list[Space]:
+        """Spaces without a client, those that have been longest so first."""
+        found = (space for space in self.core.spaces.values() if not space.attached)
+        return sorted(found, key=lambda space: space.since)
+
+    def reopen_space(self, key: str, *, number: int | None = None, pid: int = 0) -> Space | None:
+        """The space that a client which has come back asks for; None: there is none.
+
+        Args:
+            key: what it was opened with; not empty.
+            number: its id, of a space that has several parts on this shard; None: any of them.
+            pid: the client's process now.
+        """
+        for space in self.orphans():
+            if space.key == key and number in {None, space.id} and not space.closed:
+                space.attached = True
+                space.since = self.core.clock()
+                space.pid = pid
+                self.core.control.attach_space(space)
+                return space
+        return None
+
+    def find_space(self, *, uid: int, name: str) -> Space | None:
+        """A user's space of that name, whether it has a client or not; None: there is none."""
+        return next(
+            (
+                space
+                for space in self.core.spaces.values()
+                if (space.uid, space.name) == (uid, name) and not space.closed
+            ),
+            None,
+        )
 
     def close_space(self, space: Space) -> Operation[None]:
         """Free all slots of a space, in steps, and forget it. Its slots are refused at once.
 
         Idempotent: whoever calls it again, after it was ended in the middle, finishes it.
         """
+        if space.id in self.core.spaces:
+            self.core.control.closing_space(space)
         space.closed = True
         while space.slots.clusters:
             some = [c for c, _ in zip(space.slots.clusters, range(_CLOSE_CLUSTERS), strict=False)]
@@ -203,6 +281,7 @@ class Engine:
             yield PAUSE
         if self.core.spaces.pop(space.id, None) is not None:
             space.group.spaces -= not space.joined
+            self.core.control.forget_space(space.record)
 
     # Store
 
@@ -422,12 +501,7 @@ class Engine:
         """
         if settings.max_slots != self.core.settings.max_slots:
             raise ArgumentError("table.max_slots cannot be changed while the daemon runs")
-        arena = self.core.zswap.arena.region.size
-        if settings.pool_max > arena:
-            raise ArgumentError(
-                f"pool.max of {settings.pool_max} bytes is beyond the {arena} bytes of address "
-                "space that were reserved at the start: restart the daemon for more"
-            )
+        refuse_small_arena(settings, self.core.zswap.arena.region.size)
         try:
             self.core.zswap.current = self.core.zswap.pool_of(settings.codec)
         except UnknownCodecError as error:
@@ -439,7 +513,11 @@ class Engine:
         self._poke()
 
     def swapon(
-        self, device: BlockDevice, priority: int, extents_of: ExtentMap | None = None
+        self,
+        device: BlockDevice,
+        priority: int,
+        extents_of: ExtentMap | None = None,
+        origin: Origin = NO_ORIGIN,
     ) -> int:
         """Put a device into use; returns its index.
 
@@ -447,15 +525,31 @@ class Engine:
             device: the device.
             priority: devices of a higher one are filled first.
             extents_of: which of its extents are this engine's; None: all.
+            origin: what it takes to open it again, for `recover`.
 
         Raises:
             OutOfServiceError: there are too many devices, or one of this path is in use already.
+            ArgumentError: path or origin cannot be kept.
         """
         if self.core.devices.find(device.path) is not None:
             raise OutOfServiceError(f"{device.path} is in use already")
         entry = self.core.devices.add(device, priority, extents_of)
         if entry is None:
             raise OutOfServiceError("no more devices can be added: swapoff one first")
+        try:
+            self.core.control.add_device(
+                KeptDevice(
+                    index=entry.index,
+                    path=device.path,
+                    priority=priority,
+                    added=entry.added,
+                    extents=device.extents,
+                    origin=origin,
+                )
+            )
+        except ArgumentError:
+            self.core.devices.remove(entry)
+            raise
         self.shrinker.settings_changed()
         self._poke()
         return entry.index
@@ -489,8 +583,8 @@ class Engine:
         Raises:
             OSError: RLIMIT_MEMLOCK is too low, or the kernel refused.
         """
-        self.core.table.region.lock()
-        self.core.zswap.arena.region.lock()
+        self.core.memory.table.lock()
+        self.core.memory.pool.lock()
 
     def snapshot(self) -> snapshots.Snapshot:
         """What the engine holds and has done, frozen. Cheap."""
@@ -510,6 +604,37 @@ class Engine:
             return (yield from operation)
         finally:
             self._nudge()
+
+
+def shape_for(settings: Settings, shard: int = 0, arena_bytes: int | None = None) -> Shape:
+    """What an engine's memory is to be made for.
+
+    Args:
+        settings: what it starts with.
+        shard: its number.
+        arena_bytes: address space for the pool, the most that `pool_max` can be raised to; by
+            default the machine's RAM, or pool_max and a little if that is more.
+    """
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    least = settings.pool_max + (8 << 20)
+    return Shape.fitting(
+        shard=shard,
+        max_slots=settings.max_slots,
+        arena_bytes=max(least, ram if arena_bytes is None else arena_bytes),
+    )
+
+
+def refuse_small_arena(settings: Settings, arena: int) -> None:
+    """Raise if an arena of so many bytes is too small for the settings.
+
+    Raises:
+        ArgumentError: it is.
+    """
+    if settings.pool_max > arena:
+        raise ArgumentError(
+            f"pool.max of {settings.pool_max} bytes is beyond the {arena} bytes of address "
+            "space that were reserved at the start: restart the daemon for more"
+        )
 
 
 def _per_extent(places: Places) -> list[tuple[int, int, int]]:

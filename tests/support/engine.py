@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,10 @@ from typing import Any, Final
 
 import numpy as np
 
+from vswapd.control import KeptDevice
 from vswapd.errors import PageLostError
 from vswapd.groups import Space
+from vswapd.memory import ShardMemory
 from vswapd.settings import GroupLimits, Settings
 from vswapd.swap_table import Tag, places_of, tags_of
 from vswapd.verify import VerifyReport, check_sums
@@ -31,7 +34,14 @@ from vswapd.writeback import Written
 from vswapd_backends.base import PAGE_BYTES, U64, run
 from vswapd_backends.segment import CHECK_BYTES
 from vswapd_backends.swapdev import SwapDevice
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, RUN_EXTENTS, ReadError, WriteError
+from vswapd_blockdev.device import (
+    BLOCK_BYTES,
+    EXTENT_BYTES,
+    RUN_EXTENTS,
+    BlockDevice,
+    ReadError,
+    WriteError,
+)
 
 MIB: Final = 1 << 20
 KIB: Final = 1 << 10
@@ -243,6 +253,19 @@ class Rig:
             run(self.engine.shrinker.scan(count))
             assert len(done) < most, f"the shrinker spins: {done[-10:]}"
         return done
+
+    def recover(self) -> None:
+        """Drop the engine as a kill between two steps does, and go on with what it has left."""
+        core = self.engine.core
+        settings, ledger = core.settings, core.ledger
+        memory = ShardMemory.adopt({kind: os.dup(fd) for kind, fd in core.memory.fds.items()})
+        self.engine = Engine.recover(
+            settings, self.clock, memory=memory, reopen=self.reopen, ledger=ledger
+        )
+
+    def reopen(self, kept: KeptDevice) -> tuple[BlockDevice, None] | None:
+        """The device of that path, if it is still there."""
+        return next(((d, None) for d in self.devices if d.path == kept.path), None)
 
     def settle(self) -> None:
         """Let the shrinker finish what becomes due by time alone."""

@@ -159,7 +159,7 @@ def test_an_id_freed_in_a_cluster_that_lives_is_not_told_here() -> None:
 def test_a_cluster_whose_generations_are_used_up_is_retired() -> None:
     """It is handed out once with the last generation, then never again; the others go on."""
     owners = Owners(2)
-    owners.clusters._generation[0] = LAST_GENERATION - 2
+    owners.clusters._kept[0] = (LAST_GENERATION - 2) << 48
     space = owners.space()
     for generation in (LAST_GENERATION - 1, LAST_GENERATION):
         slots = owners.take(space, 1)

@@ -96,6 +96,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.steps = 0
         self.written_off = 0
         """Bytes written to devices that are gone."""
+        self.counted = 0
+        """Bytes written by engines that are gone."""
         self.pool_before = 0
 
     # Beginning and end
@@ -434,6 +436,53 @@ class EngineMachine(RuleBasedStateMachine):
             self.rig.damage(on_device[0], byte=seed % 9)
             self.damaged.add(on_device[0])
 
+    @rule()
+    def recover(self) -> None:
+        self._recover()
+
+    def _recover(self) -> None:
+        """The process is killed: all is as it was, ids and charges and ages included."""
+        before = self._picture()
+        self.counted += self._caused()
+        pool = self.rig.pool_bytes
+        self.rig.recover()
+        there = self.rig.engine.core.spaces
+        assert sorted(there) == sorted(self.model)
+        self.spaces = [there[space.id] for space in self.spaces]
+        assert self._picture() == before
+        assert self.rig.pool_bytes <= pool
+        for space in self.spaces:
+            assert not space.attached
+
+    def _picture(self) -> list[object]:
+        """All that is to outlive a process."""
+        core = self.rig.engine.core
+        zswap = core.zswap
+        segments = zswap.oldest_first()
+        return [
+            self._words(),
+            core.slot_counts[1:].tolist(),
+            [(g.name, g.index, g.pool_bytes, g.device_bytes, g.spaces) for g in core.groups],
+            [
+                (s.id, s.group.name, s.uid, s.opened_at, s.zero_pages, s.backed_pages)
+                + (s.compressed_bytes, s.slots.slots, sorted(s.slots.clusters))
+                for s in sorted(core.spaces.values(), key=lambda space: space.id)
+            ],
+            [(pool.codec.spec, pool.entries, pool.live_bytes) for pool in zswap.pools],
+            [(s, zswap.age_of(s), zswap.stream_of(s)) for s in segments.tolist()],
+            zswap.stamps_of(segments).tolist(),
+            zswap.live_bytes[segments].tolist(),
+            zswap.live_entries[segments].tolist(),
+            zswap._sequence,
+            (core.clusters.retired, core.clusters.in_use),
+            [
+                (d.index, d.device.path, d.priority, d.added, d.map.bad)
+                + tuple(map(bytes, (d.live_bytes, d.live_entries, d.sequence, d.pool, d.group)))
+                for d in core.devices
+            ],
+            core.budget_left(),
+        ]
+
     # After every step
 
     @invariant()
@@ -477,16 +526,19 @@ class EngineMachine(RuleBasedStateMachine):
         assert now <= max(self.rig.engine.core.settings.pool_max, self.pool_before)
         self.pool_before = now
 
-    def _check_causes(self) -> None:
+    def _caused(self) -> int:
+        """What this engine has counted of bytes written to devices."""
         stats = self.rig.engine.snapshot().stats
-        counted = (
+        return (
             stats.writeback_bytes
             + stats.reclaim_bytes
             + stats.fallback_bytes
             + stats.swapoff_bytes
             + stats.device_compact_bytes
         )
-        assert counted == self.written_off + sum(d.written for d in self.rig.devices)
+
+    def _check_causes(self) -> None:
+        assert self.counted + self._caused() == self.written_off + sum(d.written for d in self.rig.devices)
 
     def _check_verify(self) -> None:
         faults = [(device, device.fails) for device in self.rig.devices]
@@ -499,6 +551,20 @@ class EngineMachine(RuleBasedStateMachine):
         assert [(d, d.read_errors) for d in self.rig.engine.core.devices] == before
         assert report.slots == sum(map(len, self.model.values()))
         assert report.ok == (not self.damaged), report.problems
+
+
+class KilledMachine(EngineMachine):
+    """The same, killed after every third step."""
+
+    @invariant()
+    def all_survives(self) -> None:
+        if self.spaces and self.steps % 3 == 0:
+            self._recover()
+
+
+def test_engine_agrees_with_a_dict_however_often_it_is_killed() -> None:
+    """The same for an engine that is killed, and recovered, again and again."""
+    run_state_machine_as_test(KilledMachine, settings=PROFILE)
 
 
 def test_engine_agrees_with_a_dict() -> None:

@@ -1,0 +1,303 @@
+"""The memory of one shard that outlives its process: three memfds, and how they are cut.
+
+    table   one word per slot
+    pool    the arena of segments
+    state   what can be recomputed from neither: spaces, clusters' owners and generations, columns
+            of segments and extents, names of groups and codecs, devices with their keys, settings
+
+Whoever starts a shard keeps a copy of the descriptors (`fds`), and gives it to the next process,
+which takes them over (`adopt`). Each file ends with a label that says what it is, of which layout
+version, and which others it belongs to.
+
+Invariants:
+- Memory of another layout version, or that is not one shard's whole memory, is refused before
+  anything of it is mapped or changed; the descriptors stay open, and the caller's.
+- LAYOUT_VERSION rises with every change of what stands in the table, the pool, or the state.
+- A shape, which never changes, says where everything is.
+
+This module must not know what the parts are used for.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import numpy as np
+
+from vswap.protocol import Status
+from vswapd.errors import EngineError
+from vswapd.groups import MOST_GROUPS, NAME_BYTES
+from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, WORD_BYTES
+from vswapd_backends.base import I64, SEGMENT_BYTES, U64
+from vswapd_backends.kept import (
+    DEVICE_ROWS,
+    EXTENT_ROW,
+    SEGMENT_COLUMNS,
+    U8,
+    ExtentColumns,
+    Names,
+    SegmentColumns,
+)
+from vswapd_backends.shared import SYSTEM_PAGE, SharedRegion, read_label
+from vswapd_backends.swapdev import MAX_DEVICES
+from vswapd_backends.zpool import segments_in
+from vswapd_backends.zswap import MOST_POOLS, SPEC_BYTES
+
+LAYOUT_VERSION: Final = 1
+_MAGIC: Final = b"VSWAPMEM"
+_LABEL: Final = struct.Struct("<8sII16s16sQQQ")
+_CHECK: Final = struct.Struct("<I")
+LIFE_BYTES: Final = 16
+
+MOST_SPACES: Final = 1 << 16
+SPACE_BYTES: Final = 1024
+DEVICE_BYTES: Final = 8192
+SETTINGS_BYTES: Final = 1 << 20
+_DEVICE_ROW_BYTES: Final = DEVICE_ROWS * EXTENT_ROW.itemsize
+
+
+class ForeignMemoryError(EngineError):
+    """Memory that this version cannot take over. It was left alone."""
+
+    status: ClassVar[Status] = Status.OUT_OF_SERVICE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What one shard's memory is made for."""
+
+    shard: int
+    max_slots: int
+    segments: int
+
+    @classmethod
+    def fitting(cls, *, shard: int, max_slots: int, arena_bytes: int) -> Shape:
+        """At least so many slots and bytes of pool, rounded up to whole clusters and segments."""
+        return cls(
+            shard=shard,
+            max_slots=-(-max_slots // CLUSTER_SLOTS) * CLUSTER_SLOTS,
+            segments=segments_in(arena_bytes),
+        )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each memfd, without its label."""
+        return {
+            "table": self.max_slots * WORD_BYTES,
+            "pool": self.segments * SEGMENT_BYTES,
+            "state": sum(_areas(self).values()),
+        }
+
+
+KINDS: Final = ("table", "pool", "state")
+
+
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What one memfd says of itself."""
+
+    version: int
+    kind: str
+    life: bytes
+    size: int
+    shape: Shape
+
+    def pack(self) -> bytes:
+        body = _LABEL.pack(
+            _MAGIC,
+            self.version,
+            self.shape.shard,
+            self.kind.encode(),
+            self.life,
+            self.size,
+            self.shape.max_slots,
+            self.shape.segments,
+        )
+        return body + _CHECK.pack(zlib.crc32(body))
+
+
+def _areas(shape: Shape) -> dict[str, int]:
+    """The parts of the state, in order, and their sizes: whole pages, most of them untouched."""
+    sizes = {
+        "head": SYSTEM_PAGE,
+        "groups": MOST_GROUPS * NAME_BYTES,
+        "specs": MOST_POOLS * SPEC_BYTES,
+        "devices": MAX_DEVICES * DEVICE_BYTES,
+        "settings": 2 * SETTINGS_BYTES,
+        "spaces": MOST_SPACES * SPACE_BYTES,
+        "clusters": (shape.max_slots >> CLUSTER_SHIFT) * 8,
+        "segments": shape.segments * SEGMENT_COLUMNS * 8,
+        "extents": MAX_DEVICES * _DEVICE_ROW_BYTES,
+    }
+    return {name: -(-size // SYSTEM_PAGE) * SYSTEM_PAGE for name, size in sizes.items()}
+
+
+class Head:
+    """Single words of the state, by name: indices into the head."""
+
+    NEXT_SPACE: Final = 0
+    SEGMENTS: Final = 1
+    """Two words; see SegmentColumns.head."""
+    CLUSTERS: Final = 3
+    GROUPS: Final = 4
+    SPECS: Final = 5
+    SPACES: Final = 6
+    """Records of spaces in use are below it."""
+    SETTINGS: Final = 7
+    BUDGET_DAY: Final = 8
+    BUDGET_USED: Final = 9
+    DEVICES: Final = 10
+    """Records of devices in use are below it."""
+
+
+class ShardMemory:
+    """See the module. The descriptors are closed with the object."""
+
+    def __init__(self, shape: Shape, life: bytes, fds: Mapping[str, int] | None = None) -> None:
+        """For `create` and `adopt`."""
+        self.shape: Final = shape
+        self.life: Final = life
+        """LIFE_BYTES that all memfds of one shard have in common, and no others."""
+        regions = {}
+        for kind, size in shape.sizes.items():
+            label = _Label(LAYOUT_VERSION, kind, life, size, shape).pack()
+            fd = -1 if fds is None else fds[kind]
+            regions[kind] = SharedRegion(f"vswapd-{kind}", size, fd=fd, label=label)
+        self.table: Final = regions["table"]
+        self.pool: Final = regions["pool"]
+        self.state: Final = regions["state"]
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for name, size in _areas(shape).items():
+            self._offsets[name] = offset
+            offset += size
+
+    @classmethod
+    def create(cls, shape: Shape) -> ShardMemory:
+        """Memory in which nothing is kept yet."""
+        return cls(shape, os.urandom(LIFE_BYTES))
+
+    @classmethod
+    def adopt(cls, fds: Mapping[str, int]) -> ShardMemory:
+        """Take over the memory of a shard that is no more.
+
+        Args:
+            fds: a descriptor for each of KINDS; owned from now on, unless this raises.
+
+        Raises:
+            ForeignMemoryError: another layout version, or not one shard's whole memory; nothing was
+                changed, and the descriptors are still the caller's.
+        """
+        if set(fds) != set(KINDS):
+            raise ForeignMemoryError(
+                f"a shard's memory is {', '.join(KINDS)}; there are {', '.join(fds) or 'none'}"
+            )
+        labels = {kind: parse_label(kind, fd) for kind, fd in fds.items()}
+        first = labels["table"]
+        for kind, label in labels.items():
+            if (label.life, label.shape) != (first.life, first.shape):
+                raise ForeignMemoryError(f"table and {kind} are not of the same shard's memory")
+        return cls(first.shape, first.life, fds)
+
+    @property
+    def fds(self) -> dict[str, int]:
+        """The descriptors, by kind; they stay this object's."""
+        return {"table": self.table.fd, "pool": self.pool.fd, "state": self.state.fd}
+
+    # The state's parts
+
+    def _part(self, area: str, size: int) -> memoryview:
+        offset = self._offsets[area]
+        return self.state.view[offset : offset + size]
+
+    def _words(self, area: str, count: int) -> I64:
+        return np.frombuffer(self._part(area, count * 8), np.int64)
+
+    @property
+    def head(self) -> I64:
+        """Single words; see `Head`."""
+        return self._words("head", SYSTEM_PAGE // 8)
+
+    @property
+    def groups(self) -> Names:
+        """The groups' names."""
+        return self._names("groups", Head.GROUPS, MOST_GROUPS, NAME_BYTES)
+
+    @property
+    def specs(self) -> Names:
+        """The pools' codecs."""
+        return self._names("specs", Head.SPECS, MOST_POOLS, SPEC_BYTES)
+
+    def _names(self, area: str, count: int, most: int, width: int) -> Names:
+        records: U8 = np.frombuffer(self._part(area, most * width), np.uint8)
+        return Names(self.head[count : count + 1].view(np.uint64), records.reshape(most, width))
+
+    @property
+    def devices(self) -> memoryview:
+        """MAX_DEVICES records of DEVICE_BYTES."""
+        return self._part("devices", MAX_DEVICES * DEVICE_BYTES)
+
+    @property
+    def settings(self) -> memoryview:
+        """Two halves of SETTINGS_BYTES."""
+        return self._part("settings", 2 * SETTINGS_BYTES)
+
+    @property
+    def spaces(self) -> memoryview:
+        """MOST_SPACES records of SPACE_BYTES."""
+        return self._part("spaces", MOST_SPACES * SPACE_BYTES)
+
+    @property
+    def clusters(self) -> U64:
+        """A word per cluster."""
+        return self._words("clusters", self.shape.max_slots >> CLUSTER_SHIFT).view(np.uint64)
+
+    @property
+    def segments(self) -> SegmentColumns:
+        """What is kept of each segment."""
+        words = self._words("segments", self.shape.segments * SEGMENT_COLUMNS)
+        return SegmentColumns.over(self.head[Head.SEGMENTS : Head.SEGMENTS + 2], words)
+
+    @property
+    def extents(self) -> ExtentColumns:
+        """What is kept of each extent of each device."""
+        rows = np.frombuffer(self._part("extents", MAX_DEVICES * _DEVICE_ROW_BYTES), EXTENT_ROW)
+        return ExtentColumns(rows, self._wipe_device)
+
+    def _wipe_device(self, index: int) -> None:
+        offset = self._offsets["extents"] + index * _DEVICE_ROW_BYTES
+        self.state.punch(offset, _DEVICE_ROW_BYTES)
+
+
+def parse_label(kind: str, fd: int) -> _Label:
+    """What a descriptor says it is; nothing is changed.
+
+    Raises:
+        ForeignMemoryError: not what this version has as that kind of memory.
+    """
+    try:
+        page = read_label(fd)
+        size = os.fstat(fd).st_size - SYSTEM_PAGE
+    except OSError as error:
+        raise ForeignMemoryError(f"{kind}: cannot be read: {error.strerror}") from None
+    if len(page) < _LABEL.size + _CHECK.size or not page.startswith(_MAGIC):
+        raise ForeignMemoryError(f"{kind}: this is no memory of a vswapd")
+    (_, version, shard, said, life, stated, max_slots, segments) = _LABEL.unpack_from(page)
+    # The version before all else: what follows it may mean something else in another one.
+    if version != LAYOUT_VERSION:
+        raise ForeignMemoryError(
+            f"{kind}: this is memory of layout version {version}, and this vswapd knows version "
+            f"{LAYOUT_VERSION} only: it was left alone. Start the version that made it, or stop "
+            "the service for good (its pages are lost then) before this one is started"
+        )
+    (check,) = _CHECK.unpack_from(page, _LABEL.size)
+    shape = Shape(shard=shard, max_slots=max_slots, segments=segments)
+    good = check == zlib.crc32(page[: _LABEL.size]) and shape.sizes.get(kind) == stated == size
+    if not good or said.rstrip(b"\0").decode("ascii", "replace") != kind:
+        raise ForeignMemoryError(f"{kind}: this is memory of a vswapd, but not its {kind}")
+    return _Label(version, kind, life, size, shape)

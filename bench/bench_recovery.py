@@ -1,6 +1,6 @@
 """Recovery: an engine with ten million slots in use, made again from its memory on one core.
 
-    python -m bench.bench_recovery [SLOTS]
+python -m bench.bench_recovery [SLOTS]
 """
 
 from __future__ import annotations
@@ -60,9 +60,7 @@ def filled(slots: int) -> Engine:
 def recovered(engine: Engine) -> Engine:
     """Another engine, from the same memory."""
     fds = {kind: os.dup(fd) for kind, fd in engine.core.memory.fds.items()}
-    return Engine.recover(
-        settings(), clock, memory=ShardMemory.adopt(fds), reopen=lambda _: None
-    )
+    return Engine.recover(settings(), clock, memory=ShardMemory.adopt(fds), reopen=lambda _: None)
 
 
 def measure(slots: int = SLOTS) -> tuple[list[float], Engine]:

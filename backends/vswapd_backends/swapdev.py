@@ -169,7 +169,7 @@ class SwapDevices:
         self._added += 1
         return entry
 
-    def restore(  # noqa: PLR0913 - all that is known of a device
+    def restore(
         self,
         index: int,
         device: BlockDevice,

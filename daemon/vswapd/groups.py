@@ -20,7 +20,6 @@ from vswapd.ledger import Ledger
 from vswapd.settings import GroupLimits, Settings
 from vswapd_backends.kept import Names, NamesFullError
 
-
 MOST_GROUPS: Final = 1 << 16
 NAME_BYTES: Final = 64
 

@@ -464,8 +464,11 @@ class EngineMachine(RuleBasedStateMachine):
             core.slot_counts[1:].tolist(),
             [(g.name, g.index, g.pool_bytes, g.device_bytes, g.spaces) for g in core.groups],
             [
-                (s.id, s.group.name, s.uid, s.opened_at, s.zero_pages, s.backed_pages)
-                + (s.compressed_bytes, s.slots.slots, sorted(s.slots.clusters))
+                (
+                    (s.id, s.group.name, s.uid, s.opened_at),
+                    (s.zero_pages, s.backed_pages, s.compressed_bytes),
+                    (s.slots.slots, sorted(s.slots.clusters)),
+                )
                 for s in sorted(core.spaces.values(), key=lambda space: space.id)
             ],
             [(pool.codec.spec, pool.entries, pool.live_bytes) for pool in zswap.pools],
@@ -476,8 +479,11 @@ class EngineMachine(RuleBasedStateMachine):
             zswap._sequence,
             (core.clusters.retired, core.clusters.in_use),
             [
-                (d.index, d.device.path, d.priority, d.added, d.map.bad)
-                + tuple(map(bytes, (d.live_bytes, d.live_entries, d.sequence, d.pool, d.group)))
+                (
+                    (d.index, d.device.path, d.priority, d.added, d.map.bad),
+                    (d.live_bytes.tolist(), d.live_entries.tolist()),
+                    (d.sequence.tolist(), d.pool.tolist(), d.group.tolist()),
+                )
                 for d in core.devices
             ],
             core.budget_left(),
@@ -538,7 +544,9 @@ class EngineMachine(RuleBasedStateMachine):
         )
 
     def _check_causes(self) -> None:
-        assert self.counted + self._caused() == self.written_off + sum(d.written for d in self.rig.devices)
+        assert self.counted + self._caused() == self.written_off + sum(
+            d.written for d in self.rig.devices
+        )
 
     def _check_verify(self) -> None:
         faults = [(device, device.fails) for device in self.rig.devices]

@@ -1,95 +1,71 @@
-"""Recovery: an engine with ten million slots in use, made again from its memory on one core.
-
-python -m bench.bench_recovery [SLOTS]
-"""
+"""Recovery: an engine made again from the memory that another one has left, by slots in use."""
 
 from __future__ import annotations
 
 import os
-import statistics
-import sys
-import time
-from pathlib import Path
 from typing import Final
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can be run by its path
+import numpy as np
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
 
-from vswapd.groups import Space
+from bench.rig import Clock
+from vswapd.capture import PAGE_BYTES
+from vswapd.clusters import slots_of
 from vswapd.memory import ShardMemory
 from vswapd.settings import Settings
-from vswapd.vswap import Engine, shape_for
-from vswapd_backends.base import PAGE_BYTES, run
+from vswapd.swap_table import Tag, make_words
+from vswapd.vswap import Engine
+from vswapd_backends.base import SEGMENT_BYTES, Places, run
 
-SLOTS: Final = 10_000_000
-ROUNDS: Final = 5
 _FOLIO: Final = 4096
 _SPACES: Final = 16
-_DISTINCT: Final = 61
-"""Pages that compress to about 60 bytes, each of another length."""
-
-
-def settings() -> Settings:
-    """A pool that all of it fits into."""
-    return Settings(pool_max=4 << 30)
-
-
-def clock() -> float:
-    """Time does not matter here."""
-    return 1000.0
+_ENTRY: Final = 1100
+SETTINGS: Final = Settings(pool_max=16 << 30)
 
 
 def filled(slots: int) -> Engine:
-    """An engine of `slots` slots: three quarters in the pool, the rest zero pages; some freed."""
-    engine = Engine.create(settings(), clock)
+    """An engine with so many slots in use: words of 16 spaces in 4 groups, in random places.
+
+    Stored as zero pages; then two thirds of the words name entries in segments that are all in
+    use, of 1100 bytes each, as if they had been compressed. Recovery looks at words and columns
+    alone, and the entries would be 7 GB. It finds the segments' memory missing, and so does for
+    each of them what it has to do after the worst moment for a kill.
+    """
+    engine = Engine.create(SETTINGS, Clock())
+    core = engine.core
     spaces = [engine.open_space(uid=i, group=str(i % 4)) for i in range(_SPACES)]
-    data = b"".join(
-        (bytes([1 + i]) * (16 + i)).ljust(PAGE_BYTES, bytes([255 - i])) for i in range(_DISTINCT)
-    )
-    pages = (data * (_FOLIO // _DISTINCT + 1))[: _FOLIO * PAGE_BYTES]
-    folio, zeros = engine.prepare(pages), engine.prepare(bytes(_FOLIO * PAGE_BYTES))
-    done = turn = 0
-    while done < slots:
-        space: Space = spaces[turn % _SPACES]
-        stored = run(engine.store(space, zeros if turn % 4 == 3 else folio))
-        assert stored.reason is None
-        done += _FOLIO
-        turn += 1
+    zeros = engine.prepare(bytes(_FOLIO * PAGE_BYTES))
+    for turn in range(slots // _FOLIO):
+        run(engine.store(spaces[turn % _SPACES], zeros))
+    numbers = slots_of(core.clusters.open_clusters())
+    chooser = np.random.default_rng(0)
+    some = numbers[chooser.random(len(numbers)) < 2 / 3]
+    per_segment = (SEGMENT_BYTES - 64) // (_ENTRY + 16)
+    place = chooser.permutation(len(some))
+    address = place // per_segment * SEGMENT_BYTES + 64 + place % per_segment * (_ENTRY + 8)
+    lengths = np.full(len(some), _ENTRY)
+    core.table.words[some] = make_words(Tag.ZSWAP, Places(address, lengths))
+    segments = -(-len(some) // per_segment)
+    columns = core.memory.segments
+    columns.head[0] = segments
+    columns.age[:segments] = np.arange(segments) + 1
+    columns.count[:segments] = per_segment
+    columns.low[:segments], columns.high[:segments] = 60, 1
+    columns.sealed[:segments] = 1
     return engine
 
 
 def recovered(engine: Engine) -> Engine:
     """Another engine, from the same memory."""
     fds = {kind: os.dup(fd) for kind, fd in engine.core.memory.fds.items()}
-    return Engine.recover(settings(), clock, memory=ShardMemory.adopt(fds), reopen=lambda _: None)
+    memory = ShardMemory.adopt(fds)
+    return Engine.recover(SETTINGS, Clock(), memory=memory, reopen=lambda _: None)
 
 
-def measure(slots: int = SLOTS) -> tuple[list[float], Engine]:
-    """Seconds of several recoveries, and the last engine."""
+@pytest.mark.parametrize("slots", [1 << 16, 1 << 20])
+def bench_recover(benchmark: BenchmarkFixture, slots: int) -> None:
+    benchmark.group = "recover an engine"
     engine = filled(slots)
-    assert engine.core.memory.shape == shape_for(settings())
-    before = engine.core.slot_counts[1:].tolist()
-    seconds = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        engine = recovered(engine)
-        seconds.append(time.perf_counter() - start)
-        assert engine.core.slot_counts[1:].tolist() == before
-    return seconds, engine
-
-
-def main() -> int:
-    """Measure and print."""
-    slots = int(sys.argv[1]) if len(sys.argv) > 1 else SLOTS
-    seconds, engine = measure(slots)
-    core = engine.core
-    print(
-        f"{int(core.slot_counts[1:].sum())} slots in {core.clusters.in_use} clusters and "
-        f"{len(core.zswap.all_segments())} segments: "
-        f"{statistics.median(seconds):.3f} s (of {len(seconds)}: "
-        f"{', '.join(f'{s:.3f}' for s in seconds)})"
-    )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    found = benchmark(lambda: recovered(engine))
+    assert int(found.core.slot_counts[1:].sum()) == slots

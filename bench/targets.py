@@ -14,6 +14,7 @@ import dataclasses
 import json
 import mmap
 import os
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can b
 import lz4.block
 import numpy as np
 
-from bench import corpora, rig
+from bench import bench_recovery, corpora, rig
 from bench.rig import Rig
 from vswapd.capture import PAGE_BYTES
 from vswapd.driver import Driver
@@ -43,6 +44,8 @@ _WRITE_PAGES: Final = 49_152
 _WRITE_ROUNDS: Final = 9
 _BULK: Final = 4096
 _DISTINCT: Final = 4096
+_RECOVERED: Final = 10_002_432
+_RECOVERIES: Final = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,20 @@ def _filled(count: int) -> tuple[Rig, list[U64]]:
     return bench, rig.batches_of(rig.shuffled(batches, seed=1))
 
 
+def recovery() -> Iterator[Figure]:
+    """Making an engine again from what a killed one has left; one thread, and no other runs."""
+    engine = bench_recovery.filled(_RECOVERED)
+    seconds = [rig.timed(lambda: bench_recovery.recovered(engine)) for _ in range(_RECOVERIES)]
+    found = bench_recovery.recovered(engine).core
+    slots, segments = int(found.slot_counts[1:].sum()), len(found.zswap.all_segments())
+    yield Figure(
+        name="seconds to recover 10 million slots",
+        value=statistics.median(seconds),
+        target=2,
+        detail=f"{min(seconds):.2f} to {max(seconds):.2f}; {slots} slots, {segments} segments",
+    )
+
+
 def writeback(directory: str) -> Iterator[Figure]:
     """Writing back through the daemon's driver, against sequential writes to the same file."""
     folios = rig.folios_of(corpora.mixed(_WRITE_PAGES // 2)) * 2
@@ -255,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "speed": speed,
         "memory": memory,
         "table": table_size,
+        "recovery": recovery,
         "writeback": lambda: writeback(options.directory),
     }
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")

@@ -223,10 +223,12 @@ class ImageBuilder:
         """Append entries that fit (see `fits`), with plain checks; returns their offsets."""
         end = self.payload_end + len(payload)
         assert end + (self.count + len(numbers)) * DIRECTORY_ENTRY_BYTES <= SEGMENT_BYTES
+        if len(numbers) == 1 and not self._salt:
+            return self._add_one(numbers.item(0), lengths.item(0), payload, end)
         footprints = lengths + CHECK_BYTES
         offsets = footprints.cumsum()
         offsets += self.payload_end
-        assert int(offsets[-1]) == end
+        assert offsets.item(-1) == end
         offsets -= footprints
         self.buffer[self.payload_end : end] = payload
         if self._salt:
@@ -235,6 +237,16 @@ class ImageBuilder:
         self._append_directory(directory_words(numbers, lengths))
         self.payload_end = end
         return offsets
+
+    def _add_one(self, number: int, length: int, payload: bytes | memoryview, end: int) -> I64:
+        """The same for one entry, in numbers of Python's: a third of the time."""
+        begin = self.payload_end
+        assert begin + CHECK_BYTES + length == end
+        self.buffer[begin:end] = payload
+        self._words[SEGMENT_WORDS - 1 - self.count] = (length << 40) | number
+        self.count += 1
+        self.payload_end = end
+        return np.array([begin])
 
     def copy(self, segment: memoryview, directory: Directory) -> I64:
         """Take over a whole segment, of which every entry is wanted, into an empty image.

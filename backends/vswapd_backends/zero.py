@@ -26,6 +26,12 @@ def zero_pages(words: U64) -> npt.NDArray[np.bool_] | None:
     """Which pages are all zero; `words` has shape (n, 512), the result (n,). None: none is."""
     assert words.shape[1] == _PAGE_WORDS
     one, two, three = _FIRST_LOOK
+    if len(words) == 1:
+        # A page alone: numbers of Python's take a third of the time that arrays of one take.
+        only = words[0]
+        if only.item(one) or only.item(two) or only.item(three) or only.any():
+            return None
+        return np.ones(1, np.bool_)
     union = words[:, one] | words[:, two]
     union |= words[:, three]
     if np.count_nonzero(union) == len(union):

@@ -316,24 +316,38 @@ class Zswap:
     def give_up(self, places: Places) -> None:
         """Entries that no word names any more: account them, and return segments left empty."""
         segments = places.number
-        if (segments == segments[0]).all():
-            # As after writeback: one segment's entries.
-            segments = segments[:1]
-            self.live_bytes[segments] -= places.length.sum()
-            self.live_entries[segments] -= len(places.length)
+        first, last = segments.item(0), segments.item(-1)
+        count = len(segments)
+        length = places.length.item(0) if count == 1 else int(places.length.sum())
+        if count == 1 or (segments == first).all():
+            # As after writeback, or of pages that were stored together: one segment's entries.
+            self._take_off(first, count, length)
+        elif ((segments == first) | (segments == last)).all():
+            # Stored together, over the end of one segment into the next.
+            mine = segments == first
+            some, part = int(mine.sum()), int(places.length[mine].sum())
+            self._take_off(first, some, part)
+            self._take_off(last, count - some, length - part)
         else:
             np.subtract.at(self.live_bytes, segments, places.length)
             np.subtract.at(self.live_entries, segments, 1)
+            for segment in set(segments[self.live_entries[segments] == 0].tolist()):
+                self._maybe_return(segment)
         if len(self.pools) == 1:
-            self._account(self.pools[0], -len(places.length), -int(places.length.sum()))
-        else:
-            of = self._pool[places.number]
-            entries = np.bincount(of, minlength=len(self.pools)).tolist()
-            lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
-            for pool, count, length in zip(self.pools, entries, lengths, strict=True):
-                self._account(pool, -count, -int(length))
-        empty = segments[self.live_entries[segments] == 0]
-        for segment in set(empty.tolist()):
+            self._account(self.pools[0], -count, -length)
+            return
+        of = self._pool[segments]
+        entries = np.bincount(of, minlength=len(self.pools)).tolist()
+        lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
+        for pool, some, part in zip(self.pools, entries, lengths, strict=True):
+            self._account(pool, -some, -int(part))
+
+    def _take_off(self, segment: int, entries: int, length: int) -> None:
+        """Entries of one segment have died."""
+        left = self.live_entries.item(segment) - entries
+        self.live_entries[segment] = left
+        self.live_bytes[segment] -= length
+        if not left:
             self._maybe_return(segment)
 
     def _maybe_return(self, segment: int) -> None:

@@ -105,6 +105,8 @@ class Clusters:
         Raises:
             BadSlotError: ids of another space, a freed cluster, or none at all.
         """
+        if len(ids) == 1:
+            return self._resolve_one(owner, ids)
         signed = ids.view(np.int64)
         numbers = signed & _NUMBER_MASK
         # What lies beyond the table finds the last key, which fits nobody.
@@ -113,6 +115,15 @@ class Clusters:
         if not good.all():
             raise bad_slots(ids[~good])
         return numbers
+
+    def _resolve_one(self, owner: int, ids: U64) -> I64:
+        """The same for one, in numbers of Python's."""
+        signed = ids.view(np.int64).item(0)
+        number = signed & _NUMBER_MASK
+        cluster = min(number >> CLUSTER_SHIFT, self.total)
+        if self._key.item(cluster) != ((signed & _PREFIX_MASK) | owner):
+            raise bad_slots(ids)
+        return np.array([number])
 
     def allocate(self, slots: SlotSet, count: int) -> I64:
         """`count` FREE slots for a space, ascending where it can be; their words are still FREE.

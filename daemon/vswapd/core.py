@@ -28,11 +28,12 @@ from vswapd.swap_table import (
     SwapTable,
     Tag,
     addresses_of,
-    lengths_of,
+    by_tag,
     make_words,
     places_of,
     reference_bits,
     tags_of,
+    total_length,
     without_reference,
 )
 from vswapd_backends.base import I64, PAGE_BYTES, U64, Places
@@ -41,6 +42,7 @@ from vswapd_backends.zpool import ZPool
 from vswapd_backends.zswap import Zswap
 
 _DAY: Final = 86400.0
+_WITH_ENTRIES: Final = frozenset({int(Tag.ZSWAP), int(Tag.PHYS)})
 
 
 class Core:
@@ -89,26 +91,25 @@ class Core:
         table = self.table.words
         old = table[numbers]
         table[numbers] = words
-        new_tags = tags_of(words)
-        old_tags = tags_of(old)
-        new_counts = np.bincount(new_tags, minlength=TAGS)
-        old_counts = np.bincount(old_tags, minlength=TAGS)
-        self.slot_counts += new_counts
-        self.slot_counts -= old_counts
-        gained = new_counts - old_counts
-        space.zero_pages += int(gained[Tag.ZERO])
-        space.backed_pages += int(gained[Tag.ZERO] + gained[Tag.ZSWAP] + gained[Tag.PHYS])
-        group = space.group
-        for tag in (Tag.ZSWAP, Tag.PHYS):
-            if new_counts[tag]:
-                self._charge(space, group, tag, int(lengths_of(words[new_tags == tag]).sum()))
-            if old_counts[tag]:
-                places = places_of(old if old_counts[tag] == len(old) else old[old_tags == tag])
-                self._charge(space, group, tag, -int(places.length.sum()))
-                if tag is Tag.ZSWAP:
-                    self.zswap.give_up(places)
-                else:
-                    self.devices.give_up(places)
+        for tag, some in by_tag(words):
+            self._account(space, tag, some, 1)
+        for tag, some in by_tag(old):
+            self._account(space, tag, some, -1)
+            if tag == Tag.ZSWAP:
+                self.zswap.give_up(places_of(some))
+            elif tag == Tag.PHYS:
+                self.devices.give_up(places_of(some))
+
+    def _account(self, space: Space, tag: int, words: U64, sign: int) -> None:
+        """Count words of one tag that have come (1) or gone (-1)."""
+        count = sign * len(words)
+        self.slot_counts[tag] += count
+        if tag == Tag.ZERO:
+            space.zero_pages += count
+            space.backed_pages += count
+        elif tag in _WITH_ENTRIES:
+            space.backed_pages += count
+            self._charge(space, space.group, Tag(tag), sign * total_length(words))
 
     def publish_new(self, space: Space, numbers: I64, words: U64, zeros: int, length: int) -> None:
         """The same for slots that are FREE, and words that are ZERO or ZSWAP: nothing is given up.

@@ -34,9 +34,11 @@ WORD_BYTES: Final = 8
 CLUSTER_SLOTS: Final = 512
 CLUSTER_SHIFT: Final = 9
 
-_TAG_MASK: Final = np.uint64(0b111)
+_TAGS_BITS: Final = 0b111
+_TAG_MASK: Final = np.uint64(_TAGS_BITS)
 _REFERENCED: Final = np.uint64(0b1000)
-_LENGTH_MASK: Final = np.uint64((1 << 13) - 1)
+_LENGTH_BITS: Final = (1 << 13) - 1
+_LENGTH_MASK: Final = np.uint64(_LENGTH_BITS)
 _LENGTH_SHIFT: Final = np.uint64(LENGTH_SHIFT)
 _OFFSET_SHIFT: Final = np.uint64(OFFSET_SHIFT)
 
@@ -61,6 +63,10 @@ TAGS: Final = 1 << TAG_BITS
 def make_words(tag: Tag, places: Places) -> U64:
     """Words of `tag` (ZSWAP or PHYS) for n places, not referenced; shape (n,)."""
     assert tag in (Tag.ZSWAP, Tag.PHYS)
+    if len(places.address) == 1:
+        address, length = places.address.item(0), places.length.item(0)
+        word = (address << OFFSET_SHIFT) | (length << LENGTH_SHIFT) | int(tag)
+        return np.array([word], np.uint64)
     words = places.address << OFFSET_SHIFT
     words |= places.length << LENGTH_SHIFT
     words |= int(tag)
@@ -70,6 +76,25 @@ def make_words(tag: Tag, places: Places) -> U64:
 def tags_of(words: U64) -> I64:
     """The tags of n words, shape (n,), as int64 (ready for bincount)."""
     return (words & _TAG_MASK).view(np.int64)
+
+
+def by_tag(words: U64) -> list[tuple[int, U64]]:
+    """N words, n > 0, by their tags: mostly they have only one. Their order is kept."""
+    if len(words) == 1:
+        return [(words.item(0) & _TAGS_BITS, words)]
+    tags = words & _TAG_MASK
+    first = tags.item(0)
+    if (tags == tags[0]).all():
+        return [(first, words)]
+    return [(tag, words[tags == tag]) for tag in np.unique(tags).tolist()]
+
+
+def total_length(words: U64) -> int:
+    """Compressed bytes of n ZSWAP or PHYS words together."""
+    if len(words) == 1:
+        length: int = (words.item(0) >> LENGTH_SHIFT) & _LENGTH_BITS
+        return length
+    return int(lengths_of(words).sum())
 
 
 def all_tagged(words: U64, tag: Tag) -> bool:

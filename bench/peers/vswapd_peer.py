@@ -133,8 +133,10 @@ class VswapdClient:
 
     def __init__(self, space: vswap.Space, pages: int) -> None:
         self._space = space
-        self._slots = space.store(mmap.mmap(-1, pages * PAGE_BYTES))  # zero pages: slots, no more
-        self._batches = [self._slots[at : at + BATCH] for at in range(0, pages, BATCH)]
+        nothing = bytes(BATCH * PAGE_BYTES)  # zero pages: slots, no more
+        # In batches, as everything that follows: a large call would go over all shards.
+        self._batches = [space.store(nothing) for _ in range(0, pages, BATCH)]
+        self._slots = np.concatenate(self._batches)
         self._room = np.frombuffer(mmap.mmap(-1, BATCH * PAGE_BYTES), np.uint8)
         self._bytes = self._room.data
         self._page = self._room[:PAGE_BYTES]

@@ -95,6 +95,8 @@ class Child:
     sock: socket.socket
     channel: Channel = field(init=False)
     connections: int = 0
+    turn: int = 0
+    """When it was last given a connection: counted in connections of all."""
     beaten: bool = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -158,6 +160,7 @@ class Supervisor:
         self._clients = 0
         self._tally = Tally(0, 0, 0)
         self._told_full = False
+        self._turns = 0
         self._stopping = False
         self._all_beaten = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
@@ -323,7 +326,10 @@ class Supervisor:
         if wish is not None and 0 <= wish < len(self._children):
             child = self._children[wish]
         else:
-            child = min(self._children, key=lambda each: each.connections)
+            # Of those with equally many, the one whose last has been there longest: it may be idle.
+            child = min(self._children, key=lambda each: (each.connections, each.turn))
+        self._turns += 1
+        child.turn = self._turns
         child.connections += 1
         self._clients += not joins
         with sock:

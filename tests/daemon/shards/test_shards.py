@@ -67,6 +67,14 @@ def test_clients_without_a_wish_are_spread(daemon: RunningDaemon) -> None:
         assert {wire.hello()["shard"] for wire in wires} == set(range(SHARDS))
 
 
+def test_among_equals_the_longest_left_alone_comes_first(daemon: RunningDaemon) -> None:
+    """A new client does not join the one that came last, but the one that came first."""
+    with contextlib.ExitStack() as open_ones:
+        wires = [open_ones.enter_context(Wire(daemon.socket_path)) for _ in range(2 * SHARDS)]
+        order = [wire.hello()["shard"] for wire in wires]
+    assert order[:SHARDS] == order[SHARDS:]
+
+
 @pytest.mark.parametrize("wish", [-1, SHARDS, 1 << 70, "0", True, None, 1.5])
 def test_a_wish_that_makes_no_sense_is_none(daemon: RunningDaemon, wish: object) -> None:
     """Nobody is refused for a shard that there is not."""

@@ -29,8 +29,7 @@ def filled(slots: int) -> Engine:
 
     Stored as zero pages; then two thirds of the words name entries in segments that are all in
     use, of 1100 bytes each, as if they had been compressed. Recovery looks at words and columns
-    alone, and the entries would be 7 GB. It finds the segments' memory missing, and so does for
-    each of them what it has to do after the worst moment for a kill.
+    alone, and the entries would be 7 GB.
     """
     engine = Engine.create(SETTINGS, Clock())
     core = engine.core

@@ -158,13 +158,7 @@ class ZPool:
         self._spare = []
         self.spare_bytes = 0
         self.in_use = int(used.sum())
-        segments = np.flatnonzero(used)
-        self.resident_bytes = int(self.occupied(segments).sum())
-        if self.resident_bytes != self.region.resident_bytes:
-            # Rare, and a system call each: a writer was killed before it gave back what it did not
-            # use, or before it had accounted what it touched.
-            for segment in segments.tolist():
-                self._punch_middle(segment, int(self._low[segment]), int(self._high[segment]))
+        self.resident_bytes = int(self.occupied(np.flatnonzero(used)).sum())
 
     def shape(self, segment: int, payload_end: int, count: int) -> None:
         """Give back the pages of a segment that nothing of its payload and directory lies on.

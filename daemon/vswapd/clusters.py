@@ -241,6 +241,18 @@ class Clusters:
         clusters = np.flatnonzero(owners)
         return clusters, owners[clusters]
 
+    def kept_numbers(self, owner: int, ids: U64) -> I64:
+        """Slot numbers for those ids whose clusters are the owner's in that generation.
+
+        For ids that once were right, before `restore`.
+        """
+        signed = ids.view(np.int64)
+        numbers = signed & _NUMBER_MASK
+        generations = (signed >> _NUMBER_BITS) & _GENERATIONS
+        kept = self._kept[numbers >> CLUSTER_SHIFT].view(np.int64)
+        found: I64 = numbers[kept == (generations << _KEPT_SHIFT | owner)]
+        return found
+
     def disown(self, clusters: I64) -> None:
         """Forget what stood in clusters, and whose they were. For `restore`, and before it."""
         # The words first: a cluster that nobody owns is handed out as it is.

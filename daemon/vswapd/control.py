@@ -24,6 +24,7 @@ from typing import Final
 
 import numpy as np
 
+from vswapd.answers import Answers
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.groups import Space
 from vswapd.memory import (
@@ -104,6 +105,7 @@ class Control:
         self._devices = memory.devices
         self._device_words = np.frombuffer(memory.devices, np.int64)
         self._settings = memory.settings
+        self.answers: Final = Answers(memory)
         self._limit = self.head.item(Head.SPACES)
         self._free: list[int] = []
 
@@ -162,6 +164,7 @@ class Control:
 
     def forget_space(self, record: int) -> None:
         """A space that is closed, with nothing left of it."""
+        self.answers.forget(record)
         self._mark_space(record, _NOTHING)
         self._free.append(record)
 
@@ -174,8 +177,7 @@ class Control:
         states = self._space_words[: self._limit * step : step]
         found = sorted(map(self._space, np.flatnonzero(states == _IN_USE).tolist()), key=_id)
         for record in np.flatnonzero(states != _IN_USE)[::-1].tolist():
-            self._mark_space(record, _NOTHING)
-            self._free.append(record)
+            self.forget_space(record)
         return found
 
     def _space(self, record: int) -> KeptSpace:

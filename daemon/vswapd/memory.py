@@ -29,7 +29,7 @@ from typing import ClassVar, Final
 
 import numpy as np
 
-from vswap.protocol import Status
+from vswap.protocol import MAX_BATCH, Status
 from vswapd.errors import EngineError
 from vswapd.groups import MOST_GROUPS, NAME_BYTES
 from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, WORD_BYTES
@@ -58,6 +58,10 @@ MOST_SPACES: Final = 1 << 16
 SPACE_BYTES: Final = 1024
 DEVICE_BYTES: Final = 8192
 SETTINGS_BYTES: Final = 1 << 20
+MOST_ANSWERED: Final = MAX_BATCH
+"""Slots that one request is about."""
+ANSWER_WORDS: Final = 512 + MOST_ANSWERED
+"""Per space; whole pages."""
 _DEVICE_ROW_BYTES: Final = DEVICE_ROWS * EXTENT_ROW.itemsize
 
 
@@ -130,6 +134,7 @@ def _areas(shape: Shape) -> dict[str, int]:
         "devices": MAX_DEVICES * DEVICE_BYTES,
         "settings": 2 * SETTINGS_BYTES,
         "spaces": MOST_SPACES * SPACE_BYTES,
+        "answers": MOST_SPACES * ANSWER_WORDS * 8,
         "clusters": (shape.max_slots >> CLUSTER_SHIFT) * 8,
         "segments": shape.segments * SEGMENT_COLUMNS * 8,
         "extents": MAX_DEVICES * _DEVICE_ROW_BYTES,
@@ -251,6 +256,16 @@ class ShardMemory:
     def spaces(self) -> memoryview:
         """MOST_SPACES records of SPACE_BYTES."""
         return self._part("spaces", MOST_SPACES * SPACE_BYTES)
+
+    @property
+    def answers(self) -> memoryview:
+        """MOST_SPACES times ANSWER_WORDS, as bytes."""
+        return self._part("answers", MOST_SPACES * ANSWER_WORDS * 8)
+
+    def wipe_answers(self, record: int) -> None:
+        """Make one space's answers zeros, and give their memory back."""
+        size = ANSWER_WORDS * 8
+        self.state.punch(self._offsets["answers"] + record * size, size)
 
     @property
     def clusters(self) -> U64:

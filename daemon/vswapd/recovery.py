@@ -10,7 +10,7 @@ wiped here.
 
 Invariants:
 - It may be killed at any point, and be begun again.
-- Nothing is moved, and no word that is kept is changed.
+- Nothing is moved, and no word is changed but for the slots of a request that is undone, or done.
 
 This module must not know who the clients are, or how devices are opened.
 """
@@ -117,6 +117,8 @@ def recover(core: Core, reopen: Reopen) -> None:
     orphaned = ~np.isin(owners, np.fromiter(spaces, np.int64, len(spaces)))
     core.clusters.disown(clusters[orphaned])
     clusters, owners = clusters[~orphaned], owners[~orphaned]
+    for space in spaces.values():
+        _finish_request(core, space)
     sums = _walk(core, clusters, devices)
     # Handed out, and killed before the first word was written.
     empty = sums.used == 0
@@ -161,6 +163,16 @@ def _spaces(core: Core) -> dict[int, Space]:
         space.group.spaces += not space.joined
         found[space.id] = space
     return found
+
+
+def _finish_request(core: Core, space: Space) -> None:
+    """Take from a space what its last request was to take, or to give and did not."""
+    answers = core.control.answers
+    ids = answers.unfinished(space.record)
+    if len(ids):
+        numbers = core.clusters.kept_numbers(space.id, ids)
+        core.table.words[numbers] = 0
+        answers.finished(space.record)
 
 
 def _walk(core: Core, clusters: I64, devices: list[KeptDevice]) -> _Sums:

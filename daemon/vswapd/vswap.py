@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from vswap.protocol import MAX_BATCH, Reason
 from vswapd import snapshot as snapshots
+from vswapd.answers import Answer
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
 from vswapd.control import KeptDevice, Origin
@@ -77,6 +78,8 @@ class Folio:
     """Which pages are zero; None if none is."""
     compressed: Compressed | None
     """The others, in order; None if all are zero."""
+    request: int | None = None
+    """What its client calls the request, which must not be done twice; None: nobody will ask."""
 
     @property
     def zeros(self) -> int:
@@ -252,6 +255,15 @@ class Engine:
                 return space
         return None
 
+    def last_answer(self, space: Space) -> Answer | None:
+        """The space's last request that gave it slots, or took some, and was given a number.
+
+        None if there was none, or it was not carried out. It is right also after a kill in the
+        middle of it. Of several requests under way in one space only the last is known: whoever
+        begins one is to have had the answers to the others.
+        """
+        return self.core.control.answers.last(space.record)
+
     def find_space(self, *, uid: int, name: str) -> Space | None:
         """A user's space of that name, whether it has a client or not; None: there is none."""
         return next(
@@ -340,7 +352,7 @@ class Engine:
         if refusal is not None:
             return (yield from self._store_to_device(space, folio, numbers, slots, refusal))
         if numbers is None:
-            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+            numbers = self._allocate(space, folio)
         target = numbers if folio.zero is None else numbers[~folio.zero]
         places = self.core.zswap.append(space.group.index, target, compressed, self.core.clock())
         return self._publish(space, folio, numbers, slots, places, Tag.ZSWAP)
@@ -380,7 +392,7 @@ class Engine:
             return self._reject(space, folio, numbers, slots, reason_for(refusal, obstacle))
         new = numbers is None
         if numbers is None:
-            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+            numbers = self._allocate(space, folio)
             self.core.publish(space, numbers, np.full(len(numbers), UNBACKED_WORD))
         target = numbers if folio.zero is None else numbers[~folio.zero]
         placed: Places | Stop = Stop.DEVICE_FULL
@@ -389,6 +401,8 @@ class Engine:
         finally:
             if new and isinstance(placed, Stop) and not space.closed:
                 self._release(space, numbers)
+                if folio.request is not None:
+                    self.core.control.answers.withdrawn(space.record)
                 numbers = None
         if isinstance(placed, Stop):
             if not new:
@@ -419,7 +433,7 @@ class Engine:
     ) -> Stored:
         """Write the words of a folio whose payload is in place. Nothing can fail after this."""
         if numbers is None:
-            numbers = self.core.clusters.allocate(space.slots, folio.pages)
+            numbers = self._allocate(space, folio)
         if folio.zero is None:
             assert places is not None
             words = make_words(tag, places)
@@ -432,10 +446,20 @@ class Engine:
             self.core.publish_new(space, numbers, words, folio.zeros, length)
         else:
             self.core.publish(space, numbers, words)
+        if slots is None and folio.request is not None:
+            self.core.control.answers.stored(space.record)
         self.core.stats.store_pages += folio.pages
         self._fallback.close_idle()
         self._nudge()
         return Stored(self.core.clusters.ids_of(numbers) if slots is None else slots)
+
+    def _allocate(self, space: Space, folio: Folio) -> I64:
+        """New slots for a folio, written down as about to be the answer; see `answers`."""
+        numbers = self.core.clusters.allocate(space.slots, folio.pages)
+        if folio.request is not None:
+            ids = self.core.clusters.ids_of(numbers)
+            self.core.control.answers.storing(space.record, folio.request, ids)
+        return numbers
 
     def _reject(
         self,
@@ -470,15 +494,24 @@ class Engine:
 
     # Free
 
-    def free(self, space: Space, slots: U64) -> Operation[None]:
+    def free(self, space: Space, slots: U64, request: int | None = None) -> Operation[None]:
         """Give slots back: their pages are gone, their ids wrong from now on.
+
+        Args:
+            space: the slots' space.
+            slots: which; at most MAX_BATCH if it is a request.
+            request: see `Folio.request`.
 
         Raises:
             BadSlotError, DuplicateSlotError: nothing was freed.
         """
         refuse_duplicates(slots)
         numbers, _ = self._resolve(space, slots)
+        if request is not None:
+            self.core.control.answers.freeing(space.record, request, slots)
         self._release(space, numbers)
+        if request is not None:
+            self.core.control.answers.freed(space.record)
         self.core.stats.free_pages += len(numbers)
         self._nudge()
         return

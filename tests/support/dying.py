@@ -95,7 +95,7 @@ class Dying:
         if isinstance(value, memoryview):
             if value.readonly or not value.contiguous:
                 return None
-            value = np.frombuffer(value, np.uint8)
+            value = np.frombuffer(value, np.int64 if value.format == "l" else np.uint8)
         if isinstance(value, np.ndarray) and self.covers(value):
             return value.view(Watched)
         return None
@@ -139,7 +139,7 @@ class Watched(np.ndarray[Any, Any]):
         plain = self.view(np.ndarray)
         dying = Dying.current
         if isinstance(value, (bytes, bytearray, memoryview)):
-            value = np.frombuffer(value, np.uint8)
+            value = np.frombuffer(value, self.dtype)
         if dying is None or not dying.covers(self):
             plain[key] = value
             return

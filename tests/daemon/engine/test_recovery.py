@@ -15,13 +15,14 @@ from vswapd.errors import (
     PageLostError,
     SwapoffError,
 )
+from vswapd.groups import Space
 from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.memory import ShardMemory
 from vswapd.recovery import RecoveryError, Reopen
 from vswapd.settings import Settings
 from vswapd.swap_table import OFFSET_SHIFT, Tag
 from vswapd.vswap import Engine
-from vswapd_backends.base import run
+from vswapd_backends.base import U64, run
 from vswapd_backends.shared_extents import SharedExtents, owners_region
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
@@ -469,3 +470,81 @@ def test_a_map_can_be_closed() -> None:
     assert (extents.free, extents.take()) == (0, None)
     extents.give(1)
     assert (extents.free, extents.used, extents.take()) == (0, 1, None)
+
+
+# Answers that were not sent
+
+
+def _numbered(rig: Rig, space: Space, pages: list[bytes], request: int) -> U64:
+    folio = rig.engine.prepare(b"".join(pages))
+    folio.request = request
+    stored = run(rig.engine.store(space, folio))
+    return stored.slots
+
+
+def test_the_last_request_can_be_asked_for() -> None:
+    """With the slots that it gave or took, in the order of its answer, in every later process."""
+    rig = make_engine()
+    space, other = rig.space(), rig.space()
+    assert rig.engine.last_answer(space) is None
+    slots = _numbered(rig, space, pages_of("text", 70), 7)
+    for _ in range(2):
+        answer = rig.engine.last_answer(space)
+        assert answer is not None
+        assert (answer.request, answer.freed) == (7, False)
+        assert answer.slots.tolist() == slots.tolist()
+        assert rig.engine.last_answer(other) is None
+        rig.recover()
+        space, other = (rig.engine.core.spaces[s.id] for s in (space, other))
+    taken = slots[[5, 3, 60]]
+    run(rig.engine.free(space, taken, 1 << 40))
+    rig.recover()
+    answer = rig.engine.last_answer(rig.engine.core.spaces[space.id])
+    assert answer is not None
+    assert (answer.request, answer.freed) == (1 << 40, True)
+    assert answer.slots.tolist() == taken.tolist()
+
+
+def test_a_request_without_a_number_leaves_the_last_answer() -> None:
+    """And a slot that it was given is not taken from it by an old request's being finished."""
+    rig = make_engine()
+    space = rig.space()
+    slots = _numbered(rig, space, pages_of("text", 5), 7)
+    run(rig.engine.free(space, slots[:3], 8))
+    again = rig.put(space, pages_of("text", 3, 50))
+    assert set(again.tolist()) == set(slots[:3].tolist())
+    rig.recover()
+    space = rig.engine.orphans()[0]
+    assert rig.load(space, again) == pages_of("text", 3, 50)
+    answer = rig.engine.last_answer(space)
+    assert answer is not None
+    assert answer.request == 8
+
+
+def test_a_request_that_was_refused_is_not_the_last() -> None:
+    """It can be sent again; nothing of it is left."""
+    rig = make_engine(devices=[4], pool_enabled=False)
+    space = rig.space()
+    slots = _numbered(rig, space, pages_of("text", 5), 7)
+    assert rig.tags(slots) == [Tag.PHYS] * 5
+    rig.devices[0].fails = lambda kind, _: kind == "write"
+    assert not len(_numbered(rig, space, pages_of("noise", 5), 8))
+    assert rig.engine.last_answer(space) is None
+    rig.recover()
+    space = rig.engine.orphans()[0]
+    assert rig.engine.last_answer(space) is None
+    assert space.slots.slots == 5
+
+
+def test_answers_go_with_their_space() -> None:
+    """Whoever is kept at the same place next has none, and the memory is given back."""
+    rig = make_engine()
+    space = rig.space()
+    memory = rig.engine.core.memory
+    _numbered(rig, space, pages_of("zero", 2000), 7)
+    before = memory.state.resident_bytes
+    rig.close(space)
+    assert memory.state.resident_bytes <= before - 4 * 4096
+    fresh = rig.space()
+    assert fresh.record == space.record
+    assert rig.engine.last_answer(fresh) is None

@@ -41,6 +41,14 @@ ENOUGH: Final = 5000
 DIED: Final = -signal.SIGKILL
 
 
+@dataclass(frozen=True)
+class Known:
+    """What clients know: their pages by space and slot, and their last request by space."""
+
+    held: dict[int, dict[int, bytes | None]]
+    request: dict[int, int]
+
+
 @dataclass
 class Scene:
     """An engine, what its clients know, and which slots the request under way is about."""
@@ -52,8 +60,10 @@ class Scene:
     held: dict[int, dict[int, bytes | None]] = field(default_factory=dict)
     """By space: slot -> page; None: it has none."""
     made: int = 0
+    request: dict[int, int] = field(default_factory=dict)
+    """By space: the last request that has a number."""
     armed: bool = False
-    log: list[Any] = field(default_factory=list)
+    log: list[Known] = field(default_factory=list)
     """After each acknowledged request from the arming on: what clients know then."""
 
     def __post_init__(self) -> None:
@@ -82,7 +92,12 @@ class Scene:
         self, space: Space, kinds: str, count: int, over: list[int] | None = None
     ) -> list[int]:
         pages = self.pages(kinds, count)
-        stored = self.rig.store(space, pages, over)
+        engine = self.rig.engine
+        folio = engine.prepare(b"".join(pages))
+        if over is None:
+            folio.request = self._numbered(space)
+        where = None if over is None else np.array(over, np.uint64)
+        stored = run(engine.store(space, folio, where))
         slots: list[int] = stored.slots.tolist()
         what: list[bytes | None] = list(pages) if stored.reason is None else [None] * len(slots)
         self.held[space.id].update(zip(slots, what, strict=True))
@@ -90,7 +105,8 @@ class Scene:
         return slots
 
     def free(self, space: Space, slots: list[int]) -> None:
-        self.rig.free(space, slots)
+        which = np.array(slots, np.uint64)
+        run(self.rig.engine.free(space, which, self._numbered(space)))
         for slot in slots:
             del self.held[space.id][slot]
         self._acknowledged()
@@ -112,10 +128,16 @@ class Scene:
         self.rig.settle()
         self._acknowledged()
 
+    def _numbered(self, space: Space) -> int:
+        self.made += 1
+        self.request[space.id] = self.made
+        return self.made
+
     def _acknowledged(self) -> None:
         """The client has its answer."""
         if self.armed:
-            self.log.append({number: dict(held) for number, held in self.held.items()})
+            held = {number: dict(held) for number, held in self.held.items()}
+            self.log.append(Known(held, dict(self.request)))
             self.told[8:16] = len(self.log).to_bytes(8, "little")
 
     def arm(self, fatal: int) -> None:
@@ -361,16 +383,20 @@ def _page_of(rig: Rig, space: Space, slot: int) -> bytes | None:
         return None
 
 
-def _check(rig: Rig, before: dict[int, Any], after: dict[int, Any]) -> None:
+def _check(rig: Rig, before: Known, after: Known) -> None:
     """What is there lies between what was acknowledged and what was under way."""
     rig.check()
     there = rig.engine.core.spaces
-    assert set(before) & set(after) <= set(there)
-    for number, held in before.items():
+    assert set(before.held) & set(after.held) <= set(there) <= set(before.held) | set(after.held)
+    for number, space in there.items():
+        assert space.key == f"key of {space.group.name}"
+        if number in after.held:
+            _check_slots(rig, space, before, after)
+    for number, held in before.held.items():
         if number not in there:
             continue
         space = there[number]
-        coming = after.get(number, {})
+        coming = after.held.get(number, {})
         same = [slot for slot, found in held.items() if coming.get(slot, ZERO + b"x") == found]
         filled = [slot for slot in same if held[slot] is not None]
         assert rig.load(space, filled) == [held[slot] for slot in filled] if filled else True
@@ -385,6 +411,28 @@ def _check(rig: Rig, before: dict[int, Any], after: dict[int, Any]) -> None:
     assert rig.verify().ok
 
 
+def _check_slots(rig: Rig, space: Space, before: Known, after: Known) -> None:
+    """A space has just the slots that its client will know of when it has asked."""
+    answer = rig.engine.last_answer(space)
+    known = set(before.held.get(space.id, {}))
+    coming = set(after.held[space.id])
+    number = after.request.get(space.id)
+    if number != before.request.get(space.id) and answer is not None and answer.request == number:
+        changed = known - coming if answer.freed else coming - known
+        assert set(answer.slots.tolist()) == changed
+        known = coming
+    assert set(_slots_of(rig, space).tolist()) == known
+
+
+def _slots_of(rig: Rig, space: Space) -> U64:
+    """The ids of all slots that a space has."""
+    core = rig.engine.core
+    numbers = slots_of(np.array(sorted(space.slots.clusters), np.int64))
+    numbers = numbers[core.table.words[numbers] != 0]
+    found = [core.clusters.ids_of(numbers[i : i + 1]) for i in range(len(numbers))]
+    return np.concatenate(found) if found else np.empty(0, np.uint64)
+
+
 def _check_goes_on(rig: Rig) -> None:
     """What is left can be used, and freed; then nothing is left."""
     engine = rig.engine
@@ -396,11 +444,8 @@ def _check_goes_on(rig: Rig) -> None:
     slots = rig.put(fresh, pages)
     assert rig.load(fresh, slots) == pages
     for space in spaces:
-        if space.slots.clusters:
-            numbers = slots_of(np.array(sorted(space.slots.clusters), np.int64))
-            numbers = numbers[engine.core.table.words[numbers] != 0]
-            rig.free(space, _ids(rig, numbers))
-            assert space.slots.slots == 0
+        rig.free(space, _slots_of(rig, space))
+        assert space.slots.slots == 0
         rig.close(space)
     rig.close(fresh)
     rig.settle()
@@ -409,11 +454,6 @@ def _check_goes_on(rig: Rig) -> None:
     assert (picture.slots.allocated, picture.table_bytes, picture.pool.bytes) == (0, 0, 0)
     for device in engine.core.devices:
         assert (device.map.used, device.map.free) == (0, device.device.extents)
-
-
-def _ids(rig: Rig, numbers: np.ndarray[Any, np.dtype[np.int64]]) -> U64:
-    clusters = rig.engine.core.clusters
-    return np.concatenate([clusters.ids_of(numbers[i : i + 1]) for i in range(len(numbers))])
 
 
 def _run(scene: Scene, history: History, fatal: int) -> None:

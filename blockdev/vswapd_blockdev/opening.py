@@ -82,6 +82,47 @@ def open_swap_device(
         raise
 
 
+def reopen_swap_device(path: str, header: DeviceHeader) -> Opened:
+    """Open a device again that a process had in use which is no more; nothing is written to it.
+
+    Args:
+        path: a file or a block device.
+        header: what was put on it when it was taken into use.
+
+    Raises:
+        OpenError: it is missing, in use, or not what it was: what stood on it is lost.
+    """
+    try:
+        fd, _ = _open(path, create=False)
+    except OSError as error:
+        raise OpenError(path, _open_text(error, create=False)) from None
+    try:
+        return _take_again(path, fd, header)
+    except BaseException as error:
+        os.close(fd)
+        if isinstance(error, OSError):
+            raise OpenError(path, f"cannot be used: {error.strerror}") from None
+        raise
+
+
+def _take_again(path: str, fd: int, header: DeviceHeader) -> Opened:
+    status = os.fstat(fd)
+    block_device = stat.S_ISBLK(status.st_mode)
+    _lock(path, fd)
+    if not block_device:
+        _refuse_shared(path, fd, status)
+    has = block_device_bytes(fd) if block_device else status.st_size
+    try:
+        found = parse_header(os.pread(fd, BLOCK_BYTES, 0))
+    except HeaderError as error:
+        raise OpenError(path, f"is not what it was ({error}): its pages are lost") from None
+    if found != header:
+        raise OpenError(path, "was taken into use by another run since: its pages are lost")
+    if has < header.size_bytes:
+        raise OpenError(path, f"has become shorter, {has} bytes: its pages are lost")
+    return Opened(fd=fd, extents=header.extents, direct=_go_direct(fd), block_device=block_device)
+
+
 def _open(path: str, *, create: bool) -> tuple[int, bool]:
     """A descriptor, and whether this call made the file."""
     try:

@@ -15,7 +15,8 @@ XTS hides contents, not that a block has changed back to what it was. That bytes
 is for the checks of the entries.
 
 Invariants:
-- The key is in this object alone: from the system's random source, in no file, log or repr.
+- The key comes from the system's random source, and is in no file, log or repr. Whoever gives one
+  keeps it where it goes with the machine's power, and gives it to one device only.
 - Equal blocks at different places, or under different keys, look unrelated.
 
 This module must not know what is encrypted, or the device below beyond its contract.
@@ -39,6 +40,11 @@ KEY_BYTES: Final = 64
 """Two keys of 256 bits: the first for contents, the second for tweaks."""
 _CIPHER_BYTES: Final = 16
 _LOW: Final = (1 << 128) - 1
+
+
+def new_key() -> bytes:
+    """KEY_BYTES that nobody else has."""
+    return os.urandom(KEY_BYTES)
 
 
 def run_mask(mask: int, block: int) -> int:
@@ -77,9 +83,9 @@ class SealedDevice:
 
         Args:
             device: what lies below.
-            key: KEY_BYTES; None, as nearly always: new ones that nobody else will ever have.
+            key: KEY_BYTES, see `new_key`; None: new ones that nobody else will ever have.
         """
-        secret = os.urandom(KEY_BYTES) if key is None else key
+        secret = new_key() if key is None else key
         assert len(secret) == KEY_BYTES
         self._device = device
         self._key: Final = AES(secret)

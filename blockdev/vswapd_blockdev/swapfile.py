@@ -21,8 +21,8 @@ from typing import Final
 
 from vswapd_blockdev.buffers import RUN_BYTES, Scratch, aligned
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, ReadError, WriteError
-from vswapd_blockdev.header import DATA_OFFSET
-from vswapd_blockdev.opening import NO_BOOT, Opened, open_swap_device
+from vswapd_blockdev.header import DATA_OFFSET, DeviceHeader
+from vswapd_blockdev.opening import NO_BOOT, Opened, open_swap_device, reopen_swap_device
 from vswapd_blockdev.raw import discard_blocks, punch_hole
 
 
@@ -65,6 +65,25 @@ class SwapFile:
         """
         opened = open_swap_device(path, size=size, boot_id=boot_id, encrypted=encrypted)
         return cls(path, opened, discard=discard)
+
+    @classmethod
+    def reopen(
+        cls, path: str, *, extents: int, boot_id: bytes, encrypted: bool, discard: bool = True
+    ) -> SwapFile:
+        """Open a swap device again that another process had in use, to read what it has left.
+
+        Args:
+            path: as for `open`.
+            extents: how many it had.
+            boot_id: what `open` was told.
+            encrypted: what `open` was told.
+            discard: as for `open`.
+
+        Raises:
+            OpenError: it is missing, in use, or not what it was. Nothing was changed.
+        """
+        header = DeviceHeader(extents=extents, boot_id=boot_id, encrypted=encrypted)
+        return cls(path, reopen_swap_device(path, header), discard=discard)
 
     def _position(self, extent: int, offset: int, length: int) -> int:
         assert 0 <= extent < self.extents

@@ -48,6 +48,8 @@ class Attach:
     extents: int
     direct: bool
     block_device: bool
+    boot_id: bytes
+    """What stands in its header."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from typing import Any, Final
 from vswapd import status
 from vswapd.config import Config
 from vswapd.config_schema import Device
+from vswapd.control import Origin
 from vswapd.errors import OutOfServiceError
 from vswapd.front import Front, ServiceError, Tally, cannot_lock, open_sockets
 from vswapd.host import Host
@@ -36,7 +37,7 @@ from vswapd.supervisor import Child, Supervisor, fork_shards
 from vswapd.watchdog import Watchdog
 from vswapd_blockdev import opening
 from vswapd_blockdev.opening import open_swap_device
-from vswapd_blockdev.sealed import SealedDevice
+from vswapd_blockdev.sealed import SealedDevice, new_key
 from vswapd_blockdev.swapfile import SwapFile
 
 _LOG: Final = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class OneShard:
             boot_id=self._boot_id,
             encrypted=entry.encrypt,
         )
-        return Opened(SealedDevice(device) if entry.encrypt else device, device.discards)
+        return _sealed(entry, device, self._boot_id)
 
     # What the front wants
 
@@ -138,6 +139,7 @@ class _Locked:
 
     def __init__(self, entry: Device, boot_id: bytes) -> None:
         self._entry = entry
+        self._boot_id = boot_id
         self._opened = open_swap_device(
             entry.path,
             size=None if entry.size is None else int(entry.size),
@@ -149,7 +151,7 @@ class _Locked:
         """See supervisor.LockedDevice."""
         opened = self._opened
         return (
-            Attach(self._entry, opened.extents, opened.direct, opened.block_device),
+            Attach(self._entry, opened.extents, opened.direct, opened.block_device, self._boot_id),
             opened.fd,
         )
 
@@ -164,8 +166,14 @@ def _adopt_device(attach: Attach, fd: int) -> Opened:
     opened = opening.Opened(
         fd=fd, extents=attach.extents, direct=attach.direct, block_device=attach.block_device
     )
-    device = SwapFile(entry.path, opened)
-    return Opened(SealedDevice(device) if entry.encrypt else device, device.discards)
+    return _sealed(entry, SwapFile(entry.path, opened), attach.boot_id)
+
+
+def _sealed(entry: Device, file: SwapFile, boot_id: bytes) -> Opened:
+    """A device as the engine has it, with a new key if it is to be encrypted."""
+    key = new_key() if entry.encrypt else b""
+    device = SealedDevice(file, key) if entry.encrypt else file
+    return Opened(device, file.discards, Origin(boot_id=boot_id, key=key))
 
 
 def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:

@@ -196,7 +196,9 @@ class ShardProcess:
         extents = SharedExtents(message.extents, owners, ledger.shard, ledger.shards)
         try:
             with self._shard.driver.lock:
-                self._shard.engine.swapon(opened.device, message.entry.priority, extents)
+                self._shard.engine.swapon(
+                    opened.device, message.entry.priority, extents, opened.origin
+                )
         except BaseException:
             opened.device.close()
             raise

@@ -20,10 +20,11 @@ from vswapd import status
 from vswapd.arguments import Arguments
 from vswapd.config import Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
+from vswapd.control import Origin
 from vswapd.driver import Compute, T, Task
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.host import Host
-from vswapd.vswap import Engine
+from vswapd.vswap import NO_ORIGIN, Engine
 from vswapd_backends.base import WAIT
 from vswapd_blockdev.device import BlockDevice, OpenError
 
@@ -38,6 +39,8 @@ class Opened(NamedTuple):
     device: BlockDevice
     discards: bool
     """Whether discarded extents give their space back."""
+    origin: Origin = NO_ORIGIN
+    """What it takes to open it again."""
 
 
 OpenDevice = Callable[[Device], Opened]
@@ -261,7 +264,7 @@ class Steering:
             raise OutOfServiceError(str(error)) from None
         device = opened.device
         try:
-            self._engine.swapon(device, entry.priority)
+            self._engine.swapon(device, entry.priority, None, opened.origin)
         except BaseException:
             device.close()
             raise

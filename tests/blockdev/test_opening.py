@@ -10,7 +10,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -389,3 +389,66 @@ def test_any_other_error_is_an_open_error(
         SwapFile.open(str(path), size=2 * MIB)
     assert not path.exists()
     assert descriptors() == before
+
+
+# Again, after a process that is no more
+
+BOOT = bytes(range(16))
+
+
+def _left(path: Path, *, encrypted: bool = True) -> SwapFile:
+    """A device that was in use: closed, with something on it."""
+    device = SwapFile.open(str(path), size=2 * MIB, boot_id=BOOT, encrypted=encrypted)
+    device.write(3, BLOCK_BYTES, b"x" * BLOCK_BYTES)
+    device.close()
+    return device
+
+
+def test_reopens_what_was_left(path: Path) -> None:
+    """Nothing is written; what stood there is there, and the lock is held again."""
+    left = _left(path)
+    before = path.read_bytes()
+    device = SwapFile.reopen(str(path), extents=left.extents, boot_id=BOOT, encrypted=True)
+    assert path.read_bytes() == before
+    assert (device.extents, device.direct) == (left.extents, left.direct)
+    assert bytes(device.read(3, BLOCK_BYTES, BLOCK_BYTES)) == b"x" * BLOCK_BYTES
+    refused(path, "in use")
+    device.write(0, 0, b"y" * BLOCK_BYTES)
+    device.close()
+
+
+def test_does_not_reopen_what_is_in_use(path: Path) -> None:
+    """The process that had it must be gone."""
+    device = SwapFile.open(str(path), size=2 * MIB, boot_id=BOOT)
+    with pytest.raises(OpenError, match="is in use"):
+        SwapFile.reopen(str(path), extents=device.extents, boot_id=BOOT, encrypted=False)
+    device.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: os.truncate(path, MIB), "has become shorter"),
+        (lambda path: os.truncate(path, 0), "not what it was .no vswapd"),
+        (lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:]), "not what it was"),
+        (lambda path: SwapFile.open(str(path), size=2 * MIB).close(), "by another run since"),
+        (
+            lambda path: SwapFile.open(str(path), size=3 * MIB, boot_id=BOOT).close(),
+            "by another run since",
+        ),
+        (lambda path: os.link(path, path.with_name("other")), "more than one name"),
+    ],
+)
+def test_does_not_reopen_what_has_changed(
+    path: Path, change: Callable[[Path], object], text: str
+) -> None:
+    """It says that its pages are lost, or what is in the way; and holds nothing."""
+    extents = _left(path).extents
+    change(path)
+    before = descriptors()
+    was = path.read_bytes() if path.exists() else None
+    with pytest.raises(OpenError, match=text):
+        SwapFile.reopen(str(path), extents=extents, boot_id=BOOT, encrypted=True)
+    assert descriptors() == before
+    assert (path.read_bytes() if path.exists() else None) == was

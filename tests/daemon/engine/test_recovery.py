@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ from vswapd_backends.base import U64, run
 from vswapd_backends.shared_extents import SharedExtents, owners_region
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
+from vswapd_blockdev.sealed import SealedDevice, new_key
+from vswapd_blockdev.swapfile import SwapFile
 
 
 def _next(rig: Rig, reopen: Reopen | None = None, **changes: int) -> Engine:
@@ -548,3 +551,31 @@ def test_answers_go_with_their_space() -> None:
     fresh = rig.space()
     assert fresh.record == space.record
     assert rig.engine.last_answer(fresh) is None
+
+
+def test_what_lies_on_an_encrypted_file_is_read_with_the_key_that_was_kept(tmp_path: Path) -> None:
+    """The file is opened again by what was kept of it, and by nothing else."""
+    boot_id, key, path = bytes(16), new_key(), str(tmp_path / "swap")
+    rig = make_engine()
+    file = SwapFile.open(path, size=4 * MIB, boot_id=boot_id, encrypted=True)
+    rig.engine.swapon(SealedDevice(file, key), 0, None, Origin(boot_id=boot_id, key=key))
+    pages = [*pages_of("text", 200), *pages_of("noise", 50)]
+    slots = rig.put(rig.space(), pages)
+    rig.writeback()
+    assert set(rig.tags(slots)) == {Tag.PHYS}
+    file.close()
+
+    def reopen(kept: KeptDevice) -> tuple[BlockDevice, None]:
+        origin = kept.origin
+        again = SwapFile.reopen(
+            kept.path, extents=kept.extents, boot_id=origin.boot_id, encrypted=bool(origin.key)
+        )
+        return SealedDevice(again, origin.key), None
+
+    rig.engine = _next(rig, reopen)
+    space = rig.engine.orphans()[0]
+    assert rig.load(space, slots) == pages
+    assert rig.verify().ok
+    assert run(rig.engine.swapoff(path)) == 250
+    assert rig.load(space, slots) == pages
+    assert key not in (tmp_path / "swap").read_bytes()

@@ -611,13 +611,14 @@ class Engine:
         return self._then_nudge(verify(self.core))
 
     def lock_memory(self) -> None:
-        """Keep table and pool in RAM, each page from its first touch on.
+        """Keep table, pool and state in RAM, each page from its first touch on.
 
         Raises:
             OSError: RLIMIT_MEMLOCK is too low, or the kernel refused.
         """
         self.core.memory.table.lock()
         self.core.memory.pool.lock()
+        self.core.memory.state.lock()
 
     def snapshot(self) -> snapshots.Snapshot:
         """What the engine holds and has done, frozen. Cheap."""

@@ -17,6 +17,7 @@ import dataclasses
 import mmap
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -59,10 +60,16 @@ class Dying:
         address = array.__array_interface__["data"][0]
         return any(begin <= address < end for begin, end in self._spans)
 
-    def watch(self, core: Core, *others: object) -> None:
-        """Count from now on what this engine writes, whose core and other parts these are."""
+    def watch(self, core: Core, *others: object, shared: Sequence[SharedRegion] = ()) -> None:
+        """Count from now on what this engine writes.
+
+        Args:
+            core: the engine's.
+            others: its other parts.
+            shared: memory of others that it writes to, besides its own.
+        """
         memory = core.memory
-        for region in (memory.table, memory.pool, memory.state):
+        for region in (memory.table, memory.pool, memory.state, *shared):
             begin = region.bytes_array().__array_interface__["data"][0]
             self._spans.append((begin, begin + region.size))
         Dying.current = self

@@ -32,12 +32,16 @@ from vswapd.recovery import Reopen, recover
 from vswapd.settings import Settings
 from vswapd.vswap import Engine
 from vswapd_backends.base import U64, run
+from vswapd_backends.shared import SharedRegion
+from vswapd_backends.shared_extents import SharedExtents, owners_region
+from vswapd_blockdev.extents import ExtentMap
 
 EVERY: Final = int(os.environ.get("VSWAPD_KILL_EVERY", "1"))
 """Only each so many-th write, for a hurried run."""
 SHAPE: Final = Shape.fitting(shard=0, max_slots=1 << 14, arena_bytes=12 * MIB)
 SETTINGS: Final = Settings(pool_max=4 * MIB, max_slots=SHAPE.max_slots)
 ENOUGH: Final = 5000
+SHARED: Final = "shared"
 DIED: Final = -signal.SIGKILL
 
 
@@ -55,6 +59,8 @@ class Scene:
 
     memory: ShardMemory
     devices: list[KeptDevice]
+    owners: SharedRegion
+    """Whose the chunks of the shared device are."""
     told: mmap.mmap
     rig: Rig = field(init=False)
     held: dict[int, dict[int, bytes | None]] = field(default_factory=dict)
@@ -120,6 +126,14 @@ class Scene:
         self.rig.engine.swapon(device, 0, None, Origin(key=b"k" * 64, description="{}"))
         self._acknowledged()
 
+    def swapon_shared(self, number: int) -> None:
+        """One of two shards that a device is for."""
+        device = self.devices[number]
+        extents = SharedExtents(device.extents, self.owners, 0, 2)
+        origin = Origin(key=b"k" * 64, description=SHARED)
+        self.rig.engine.swapon(device, 0, extents, origin)
+        self._acknowledged()
+
     def swapoff(self, number: int) -> None:
         run(self.rig.engine.swapoff(self.devices[number].path))
         self._acknowledged()
@@ -145,7 +159,8 @@ class Scene:
         self.armed = True
         self._acknowledged()
         if fatal >= 0:
-            Dying(fatal, self.told).watch(self.rig.engine.core, self.rig.engine)
+            shared = [self.owners]
+            Dying(fatal, self.told).watch(self.rig.engine.core, self.rig.engine, shared=shared)
 
 
 History = Callable[[Scene], Callable[[], None]]
@@ -326,6 +341,23 @@ def _merge(s: Scene) -> Callable[[], None]:
     return under_fire
 
 
+def _shared_device(s: Scene) -> Callable[[], None]:
+    space = s.space()
+    s.swapon_shared(0)
+    first = s.store(space, "text noise", 10)
+    s.rig.writeback()
+
+    def under_fire() -> None:
+        second = s.store(space, "text noise", 6)
+        s.rig.writeback()
+        s.free(space, first)
+        s.shrink()
+        s.free(space, second)
+        s.shrink()
+
+    return under_fire
+
+
 HISTORIES: Final[dict[str, History]] = {
     "store": _store_new,
     "overwrite": _overwrite,
@@ -339,12 +371,14 @@ HISTORIES: Final[dict[str, History]] = {
     "swapoff to the pool": _swapoff_to_the_pool,
     "swapoff to another device": _swapoff_to_another_device,
     "merge": _merge,
+    "shared device": _shared_device,
 }
 
 
 def _scene() -> Scene:
     devices = [KeptDevice(extents, f"dev{i}") for i, extents in enumerate((12, 12, 5))]
-    return Scene(ShardMemory.create(SHAPE), devices, mmap.mmap(-1, 16))
+    owners = owners_region(devices[0].extents, 2)
+    return Scene(ShardMemory.create(SHAPE), devices, owners, mmap.mmap(-1, 16))
 
 
 def _forked(work: Callable[[], None]) -> int:
@@ -363,9 +397,12 @@ def _forked(work: Callable[[], None]) -> int:
 def _recovered(scene: Scene) -> Rig:
     by_path = {device.path: device for device in scene.devices}
 
-    def reopen(kept: Record) -> tuple[KeptDevice, None]:
+    def reopen(kept: Record) -> tuple[KeptDevice, ExtentMap | None]:
         assert kept.origin.key == b"k" * 64
-        return by_path[kept.path], None
+        device = by_path[kept.path]
+        if kept.origin.description != SHARED:
+            return device, None
+        return device, SharedExtents(device.extents, scene.owners, 0, 2)
 
     clock = Clock()
     return Rig(Engine.recover(SETTINGS, clock, memory=scene.memory, reopen=reopen), clock)
@@ -489,7 +526,7 @@ def test_a_kill_at_every_step(name: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["spaces", "free", "overwrite", "compaction"])
+@pytest.mark.parametrize("name", ["spaces", "free", "overwrite", "compaction", "shared device"])
 def test_a_kill_at_every_step_of_a_recovery(name: str) -> None:
     """Recovery may be killed as well, anywhere, and is begun again."""
     history = HISTORIES[name]
@@ -517,7 +554,7 @@ def _die_recovering(scene: Scene, fatal: int) -> None:
     """Recover, and die at one of its writes."""
 
     def watched(core: Core, reopen: Reopen) -> None:
-        Dying(fatal, scene.told).watch(core)
+        Dying(fatal, scene.told).watch(core, shared=[scene.owners])
         recover(core, reopen)
 
     with pytest.MonkeyPatch.context() as patched:

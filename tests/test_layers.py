@@ -196,7 +196,11 @@ def test_only_service_and_engine_name_backends() -> None:
         named = {m for m in _imports(name) if m.startswith("vswapd_backends.")}
         allowed = {"vswapd_backends.base"}
         if name in PROCESSES:
-            allowed |= {"vswapd_backends.shared", "vswapd_backends.shared_extents"}
+            allowed |= {
+                "vswapd_backends.label",
+                "vswapd_backends.shared",
+                "vswapd_backends.shared_extents",
+            }
         assert named <= allowed, f"{name} names {sorted(named)}"
 
 

@@ -14,13 +14,25 @@ This module must not know devices, or what stands in an extent.
 from __future__ import annotations
 
 import heapq
+import os
+import struct
 from typing import Final
 
 import numpy as np
 
-from vswapd_backends.shared import SharedRegion
+from vswapd_backends.label import (
+    LIFE_BYTES,
+    ForeignMemoryError,
+    Label,
+    adopt_region,
+    find_label,
+    make_region,
+)
+from vswapd_backends.shared import SYSTEM_PAGE, SharedRegion
 from vswapd_blockdev.extents import ExtentMap
 
+LAYOUT_VERSION: Final = 1
+_DETAILS: Final = struct.Struct("<QQ")
 _MOST: Final = 64
 """Extents per chunk: 16 MiB of sequential writes before the next one is asked for."""
 _PER_SHARD: Final = 8
@@ -34,11 +46,32 @@ def chunk_extents(extents: int, shards: int) -> int:
 
 def owners_region(extents: int, shards: int) -> SharedRegion:
     """The memory that says who owns which chunk, made before the shards put the device into use."""
-    return SharedRegion("vswapd-extents", owners_bytes(extents, shards))
+    size = -(-owners_bytes(extents, shards) // SYSTEM_PAGE) * SYSTEM_PAGE
+    label = Label(
+        kind="extents",
+        version=LAYOUT_VERSION,
+        life=os.urandom(LIFE_BYTES),
+        size=size,
+        details=_DETAILS.pack(extents, shards),
+    )
+    return make_region(label)
+
+
+def adopt_owners_region(extents: int, shards: int, fd: int) -> SharedRegion:
+    """That memory, made elsewhere; the descriptor is owned from now on.
+
+    Raises:
+        ForeignMemoryError: it is none, of another layout version, or of another device; it was left
+            alone, and the descriptor is still the caller's.
+    """
+    label = find_label("extents", LAYOUT_VERSION, fd)
+    if _DETAILS.unpack_from(label.details) != (extents, shards):
+        raise ForeignMemoryError("extents: this is for another device, or other shards")
+    return adopt_region(label, fd)
 
 
 def owners_bytes(extents: int, shards: int) -> int:
-    """How large that is."""
+    """How many bytes of it are used."""
     return -(-extents // chunk_extents(extents, shards))
 
 

@@ -17,6 +17,7 @@ This module must not know what the limits are.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from enum import IntEnum
 from hashlib import blake2b
@@ -25,8 +26,10 @@ from typing import Final
 import numpy as np
 
 from vswapd_backends.base import I64
+from vswapd_backends.label import LIFE_BYTES, Label, adopt_region, find_label, make_region
 from vswapd_backends.shared import SharedRegion
 
+LAYOUT_VERSION: Final = 1
 MOST_GROUPS: Final = 4096
 """Groups whose sums are shared. Of any more each shard knows its own part only."""
 _HEAD: Final = 2
@@ -120,4 +123,16 @@ class Ledger:
 
 def shared_region(shards: int) -> SharedRegion:
     """The memory of a ledger for so many shards, made before they are."""
-    return SharedRegion("vswapd-ledger", (_HEAD + shards) * _COLUMNS * 8)
+    size = (_HEAD + shards) * _COLUMNS * 8
+    life = os.urandom(LIFE_BYTES)
+    return make_region(Label(kind="ledger", version=LAYOUT_VERSION, life=life, size=size))
+
+
+def adopt_shared_region(fd: int) -> SharedRegion:
+    """The memory of a ledger whose makers are no more; the descriptor is owned from now on.
+
+    Raises:
+        ForeignMemoryError: it is none, or of another layout version; it was left alone, and the
+            descriptor is still the caller's.
+    """
+    return adopt_region(find_label("ledger", LAYOUT_VERSION, fd), fd)

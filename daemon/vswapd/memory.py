@@ -22,15 +22,13 @@ from __future__ import annotations
 
 import os
 import struct
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import numpy as np
 
-from vswap.protocol import MAX_BATCH, Status
-from vswapd.errors import EngineError
+from vswap.protocol import MAX_BATCH
 from vswapd.groups import MOST_GROUPS, NAME_BYTES
 from vswapd.swap_table import CLUSTER_SHIFT, CLUSTER_SLOTS, WORD_BYTES
 from vswapd_backends.base import I64, SEGMENT_BYTES, U64
@@ -43,16 +41,21 @@ from vswapd_backends.kept import (
     Names,
     SegmentColumns,
 )
-from vswapd_backends.shared import SYSTEM_PAGE, SharedRegion, read_label
+from vswapd_backends.label import (
+    LIFE_BYTES,
+    ForeignMemoryError,
+    Label,
+    adopt_region,
+    find_label,
+    make_region,
+)
+from vswapd_backends.shared import SYSTEM_PAGE
 from vswapd_backends.swapdev import MAX_DEVICES
 from vswapd_backends.zpool import segments_in
 from vswapd_backends.zswap import MOST_POOLS, SPEC_BYTES
 
 LAYOUT_VERSION: Final = 1
-_MAGIC: Final = b"VSWAPMEM"
-_LABEL: Final = struct.Struct("<8sII16s16sQQQ")
-_CHECK: Final = struct.Struct("<I")
-LIFE_BYTES: Final = 16
+_DETAILS: Final = struct.Struct("<IQQ")
 
 MOST_SPACES: Final = 1 << 16
 SPACE_BYTES: Final = 1024
@@ -63,12 +66,6 @@ MOST_ANSWERED: Final = MAX_BATCH
 ANSWER_WORDS: Final = 512 + MOST_ANSWERED
 """Per space; whole pages."""
 _DEVICE_ROW_BYTES: Final = DEVICE_ROWS * EXTENT_ROW.itemsize
-
-
-class ForeignMemoryError(EngineError):
-    """Memory that this version cannot take over. It was left alone."""
-
-    status: ClassVar[Status] = Status.OUT_OF_SERVICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,30 +96,6 @@ class Shape:
 
 
 KINDS: Final = ("table", "pool", "state")
-
-
-@dataclass(frozen=True, slots=True)
-class _Label:
-    """What one memfd says of itself."""
-
-    version: int
-    kind: str
-    life: bytes
-    size: int
-    shape: Shape
-
-    def pack(self) -> bytes:
-        body = _LABEL.pack(
-            _MAGIC,
-            self.version,
-            self.shape.shard,
-            self.kind.encode(),
-            self.life,
-            self.size,
-            self.shape.max_slots,
-            self.shape.segments,
-        )
-        return body + _CHECK.pack(zlib.crc32(body))
 
 
 def _areas(shape: Shape) -> dict[str, int]:
@@ -168,11 +141,11 @@ class ShardMemory:
         self.shape: Final = shape
         self.life: Final = life
         """LIFE_BYTES that all memfds of one shard have in common, and no others."""
+        details = _DETAILS.pack(shape.shard, shape.max_slots, shape.segments)
         regions = {}
         for kind, size in shape.sizes.items():
-            label = _Label(LAYOUT_VERSION, kind, life, size, shape).pack()
-            fd = -1 if fds is None else fds[kind]
-            regions[kind] = SharedRegion(f"vswapd-{kind}", size, fd=fd, label=label)
+            label = Label(kind=kind, version=LAYOUT_VERSION, life=life, size=size, details=details)
+            regions[kind] = make_region(label) if fds is None else adopt_region(label, fds[kind])
         self.table: Final = regions["table"]
         self.pool: Final = regions["pool"]
         self.state: Final = regions["state"]
@@ -202,12 +175,16 @@ class ShardMemory:
             raise ForeignMemoryError(
                 f"a shard's memory is {', '.join(KINDS)}; there are {', '.join(fds) or 'none'}"
             )
-        labels = {kind: parse_label(kind, fd) for kind, fd in fds.items()}
+        labels = {kind: find_label(kind, LAYOUT_VERSION, fd) for kind, fd in fds.items()}
         first = labels["table"]
+        shard, max_slots, segments = _DETAILS.unpack_from(first.details)
+        shape = Shape(shard=shard, max_slots=max_slots, segments=segments)
         for kind, label in labels.items():
-            if (label.life, label.shape) != (first.life, first.shape):
+            if (label.life, label.details) != (first.life, first.details):
                 raise ForeignMemoryError(f"table and {kind} are not of the same shard's memory")
-        return cls(first.shape, first.life, fds)
+            if label.size != shape.sizes[kind]:
+                raise ForeignMemoryError(f"{kind}: is not of the size that it should be")
+        return cls(shape, first.life, fds)
 
     @property
     def fds(self) -> dict[str, int]:
@@ -287,32 +264,3 @@ class ShardMemory:
     def _wipe_device(self, index: int) -> None:
         offset = self._offsets["extents"] + index * _DEVICE_ROW_BYTES
         self.state.punch(offset, _DEVICE_ROW_BYTES)
-
-
-def parse_label(kind: str, fd: int) -> _Label:
-    """What a descriptor says it is; nothing is changed.
-
-    Raises:
-        ForeignMemoryError: not what this version has as that kind of memory.
-    """
-    try:
-        page = read_label(fd)
-        size = os.fstat(fd).st_size - SYSTEM_PAGE
-    except OSError as error:
-        raise ForeignMemoryError(f"{kind}: cannot be read: {error.strerror}") from None
-    if len(page) < _LABEL.size + _CHECK.size or not page.startswith(_MAGIC):
-        raise ForeignMemoryError(f"{kind}: this is no memory of a vswapd")
-    (_, version, shard, said, life, stated, max_slots, segments) = _LABEL.unpack_from(page)
-    # The version before all else: what follows it may mean something else in another one.
-    if version != LAYOUT_VERSION:
-        raise ForeignMemoryError(
-            f"{kind}: this is memory of layout version {version}, and this vswapd knows version "
-            f"{LAYOUT_VERSION} only: it was left alone. Start the version that made it, or stop "
-            "the service for good (its pages are lost then) before this one is started"
-        )
-    (check,) = _CHECK.unpack_from(page, _LABEL.size)
-    shape = Shape(shard=shard, max_slots=max_slots, segments=segments)
-    good = check == zlib.crc32(page[: _LABEL.size]) and shape.sizes.get(kind) == stated == size
-    if not good or said.rstrip(b"\0").decode("ascii", "replace") != kind:
-        raise ForeignMemoryError(f"{kind}: this is memory of a vswapd, but not its {kind}")
-    return _Label(version, kind, life, size, shape)

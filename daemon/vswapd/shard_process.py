@@ -46,8 +46,9 @@ from vswapd.session import Session
 from vswapd.shard import Shard, clock
 from vswapd.steering import Opened
 from vswapd.watchdog import Watchdog
+from vswapd_backends.label import ForeignMemoryError
 from vswapd_backends.shared import SharedRegion
-from vswapd_backends.shared_extents import SharedExtents, owners_bytes
+from vswapd_backends.shared_extents import SharedExtents, adopt_owners_region
 
 _LOG: Final = logging.getLogger(__name__)
 _HUNGRY_S: Final = 0.1
@@ -186,9 +187,11 @@ class ShardProcess:
     def _attach(self, message: Attach, device_fd: int, owners_fd: int) -> None:
         ledger = self._shard.ledger
         try:
-            owners = SharedRegion(
-                "vswapd-extents", owners_bytes(message.extents, ledger.shards), fd=owners_fd
-            )
+            owners = adopt_owners_region(message.extents, ledger.shards, owners_fd)
+        except ForeignMemoryError:
+            os.close(owners_fd)
+            os.close(device_fd)
+            raise
         except BaseException:
             os.close(device_fd)
             raise

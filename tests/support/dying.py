@@ -29,6 +29,7 @@ from vswapd_blockdev.device import EXTENT_BYTES
 
 _OURS: Final = ("vswapd.", "vswapd_backends.", "vswapd_blockdev.")
 _WORD: Final = 8
+_DISCARDED: Final = 0xDD
 
 
 class Dying:
@@ -197,6 +198,20 @@ class KeptDevice:
         self.encrypted = False
         self.region = SharedRegion("test-device", extents * EXTENT_BYTES)
 
+    @property
+    def is_discarded(self) -> bool:
+        """Whether nothing stands on it but what was never written, or was discarded since."""
+        end = 0
+        while True:
+            try:
+                begin = os.lseek(self.region.fd, end, os.SEEK_DATA)
+            except OSError:
+                return True
+            end = os.lseek(self.region.fd, begin, os.SEEK_HOLE)
+            found = np.frombuffer(os.pread(self.region.fd, end - begin, begin), np.uint8)
+            if ((found != 0) & (found != _DISCARDED)).any():
+                return False
+
     def _step(self) -> None:
         if Dying.current is not None:
             Dying.current.step()
@@ -218,7 +233,7 @@ class KeptDevice:
         """See BlockDevice: what was discarded is garbage."""
         start, size = extent * EXTENT_BYTES, count * EXTENT_BYTES
         self._step()
-        self.region.view[start : start + size] = b"\xdd" * size
+        self.region.view[start : start + size] = bytes([_DISCARDED]) * size
 
     def close(self) -> None:
         """See BlockDevice."""

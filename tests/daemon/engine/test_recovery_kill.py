@@ -491,6 +491,8 @@ def _check_goes_on(rig: Rig) -> None:
     assert (picture.slots.allocated, picture.table_bytes, picture.pool.bytes) == (0, 0, 0)
     for device in engine.core.devices:
         assert (device.map.used, device.map.free) == (0, device.device.extents)
+        assert isinstance(device.device, KeptDevice)
+        assert device.device.is_discarded
 
 
 def _run(scene: Scene, history: History, fatal: int) -> None:

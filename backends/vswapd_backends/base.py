@@ -1,21 +1,21 @@
 """What every backend of a slot shares: where an entry lies, and how device I/O is asked for.
 
 A backend never performs I/O by itself. An *operation* is a generator: it yields what it needs
-(`IoBatch`, `Submit`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's lock and
-resumes it with the outcome. Between two yields the engine's state is consistent, and anything may
-have changed when an operation is resumed: it must look again. So the same code runs under an event
-loop, in the shrinker's thread, in a plain loop in a test, and in a simulator that reorders the I/O
-at will.
+(`IoBatch`, `Submit`, `Compute`, `WAIT`, `PAUSE`), whoever drives it does that outside the engine's
+lock and resumes it with the outcome. Between two yields the engine's state is consistent, and
+anything may have changed when an operation is resumed: it must look again. So the same code runs
+under an event loop, in the shrinker's thread, in a plain loop in a test, and in a simulator that
+reorders the I/O at will.
 
 This module must not know the swap table, sockets, threads, or any concrete backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -135,7 +135,33 @@ WAIT: Final = Breath.WAIT
 PAUSE: Final = Breath.PAUSE
 
 T = TypeVar("T")
-Need = IoBatch | Submit | Breath
+
+
+@dataclass(slots=True)
+class Compute(Generic[T]):
+    """What an operation yields to have something computed outside the lock."""
+
+    call: Callable[[], T]
+    slow: bool = False
+    """Whether it is to be done in a worker, so that the event loop can go on meanwhile."""
+    _outcome: list[T] = field(default_factory=list, init=False)
+    _error: BaseException | None = field(default=None, init=False)
+
+    def perform(self) -> None:
+        """Do it; errors wait for `result`."""
+        try:
+            self._outcome.append(self.call())
+        except BaseException as error:  # noqa: BLE001 - `result` raises it where it belongs
+            self._error = error
+
+    def result(self) -> T:
+        """What came out of it, once the operation is resumed."""
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
+
+
+Need = IoBatch | Submit | Breath | Compute[Any]
 """What an operation can yield."""
 Operation = Generator[Need, None, T]
 
@@ -155,6 +181,8 @@ def run(operation: Operation[T]) -> T:
             elif isinstance(need, IoBatch):
                 if need.ticket is None:
                     need.perform()
+            elif isinstance(need, Compute):
+                need.perform()
             elif need is WAIT:
                 raise StuckError("the operation waits for I/O that nobody else has under way")
     except StopIteration as end:

@@ -125,6 +125,10 @@ class Zswap:
         self._group: Final[I64] = columns.group
         self._sealed: Final[I64] = columns.sealed
         self._pins: Final[I64] = np.zeros(shape, np.int64)
+        self.tried: Final = np.zeros(shape, np.bool_)
+        """Segments of which no page would become smaller in the dense pool, as far as is known."""
+        self.dense: Pool | None = None
+        """The pool that old pages are moved to; None: they stay where they are."""
         self.corrupt_entries = 0
         self.total_live_bytes = 0
         self.total_entries = 0
@@ -256,6 +260,7 @@ class Zswap:
         self._group[segment] = group
         self._count[segment] = 0
         self._sealed[segment] = 0
+        self.tried[segment] = False
         return segment, builder
 
     def adopt(self, segment: int, builder: ImageBuilder, *, age: int, stamp: float) -> None:
@@ -485,6 +490,24 @@ class Zswap:
     def sealed(self, segments: I64) -> I64:
         """Those of the segments that are no stream's open one."""
         return segments[~np.isin(segments, [segment for segment, _ in self._open.values()])]
+
+    def untried(self, target: Pool, groups: I64 | None = None) -> I64:
+        """Sealed segments that are not of the target pool and were not tried; coldest first."""
+        limit = self.arena.limit
+        which = (self._pool[:limit] != target.index) & ~self.tried[:limit]
+        which &= (self._sealed[:limit] != 0) & (self._age[:limit] != _NEVER)
+        which &= self._pins[:limit] == 0
+        if groups is not None:
+            which &= np.isin(self._group[:limit], groups)
+        segments = np.flatnonzero(which)
+        ordered: I64 = segments[np.argsort(self._age[segments], kind="stable")]
+        return ordered
+
+    def resident_of(self, pool: Pool) -> int:
+        """Memory that the segments of a pool take."""
+        limit = self.arena.limit
+        mine = (self._pool[:limit] == pool.index) & (self._age[:limit] != _NEVER)
+        return int(self.arena.occupied(np.flatnonzero(mine)).sum())
 
     def in_groups(self, segments: I64, groups: I64) -> npt.NDArray[np.bool_]:
         """Which of the segments belong to one of these groups."""

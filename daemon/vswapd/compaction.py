@@ -94,6 +94,7 @@ class Compaction:
             age=max(zswap.age_of(s) for s in sources.tolist()),
             stamp=float(zswap.stamps_of(sources).max()),
         )
+        zswap.tried[target] = zswap.tried[sources[0]]
         length = np.concatenate(lengths)
         places = Places.within(target, np.concatenate(offsets), length)
         flipped = core.flip(
@@ -125,7 +126,9 @@ class Compaction:
         sparse = np.flatnonzero(share < SPARSE)
         if not len(sparse):
             return none
-        _, of = np.unique(zswap.streams_of(segments[sparse]), return_inverse=True)
+        # What was tried with the dense codec is kept apart from what was not.
+        kinds = zswap.streams_of(segments[sparse]) * 2 + zswap.tried[segments[sparse]]
+        _, of = np.unique(kinds, return_inverse=True)
         total = np.bincount(of, need[sparse])
         packed = np.minimum(np.ceil(total / CAPACITY) * SEGMENT_BYTES, total + _EDGES)
         gain = np.bincount(of, occupied[sparse]) - packed

@@ -236,6 +236,42 @@ class CodecSpec(str):
         raise UnitError(f"{raw!r} is no codec: use lz4, lz4hc:1 to lz4hc:12, or zstd:1 to zstd:22")
 
 
+class Tiers(str):
+    """One codec or two: for new pages, and for pages that got old. As text `lz4,zstd:3`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, raw: object) -> Tiers:
+        """A list of codecs, or text with a comma between them.
+
+        Raises:
+            UnitError: not one or two different codecs.
+        """
+        names = raw.split(",") if isinstance(raw, str) else raw
+        if not isinstance(names, list) or not 1 <= len(names) <= cls.most:
+            raise UnitError(
+                f'{raw!r}: write one codec or two, such as ["lz4", "zstd:3"]: for new pages, and '
+                "for pages that got old"
+            )
+        codecs = [CodecSpec.parse(name.strip() if isinstance(name, str) else name) for name in names]
+        if len(set(codecs)) < len(codecs):
+            raise UnitError(f"{raw!r}: the second codec is for pages that got old: another one")
+        return cls(",".join(codecs))
+
+    most: Final = 2
+
+    @property
+    def first(self) -> str:
+        """For new pages."""
+        return self.partition(",")[0]
+
+    @property
+    def dense(self) -> str:
+        """For pages that got old; empty: there is none."""
+        return self.partition(",")[2]
+
+
 class Keys(Struct, frozen=True, forbid_unknown_fields=True):
     """One table of the configuration."""
 
@@ -266,7 +302,8 @@ class Pool(Keys, frozen=True, kw_only=True):
 
     max: Amount = Amount(share=0.20)
     accept_threshold: Share = Share(0.90)
-    codec: CodecSpec = CodecSpec("lz4")
+    tiers: Tiers = Tiers("lz4,zstd:3")
+    dense_age: Seconds = Seconds(60)
     enabled: bool = True
     verify: Literal["never", "always"] = "never"
     lock_memory: bool = False
@@ -284,6 +321,7 @@ class ShrinkerKeys(Keys, frozen=True, kw_only=True):
     enabled: bool = True
     high_watermark: Share = Share(0.95)
     low_watermark: Share = Share(0.85)
+    recompress_cpu: Share = Share(0.25)
     rate: Rate = Rate(0)
     idle_age: Seconds = Seconds(0)
     write_budget: Size = Size(0)

@@ -24,6 +24,7 @@ from vswapd.memory import Head, ShardMemory
 from vswapd.settings import Settings
 from vswapd.stats import Stats
 from vswapd.swap_table import (
+    CLUSTER_SHIFT,
     TAGS,
     SwapTable,
     Tag,
@@ -157,7 +158,8 @@ class Core:
         is left alone. The reference bit of those that flip is kept.
 
         Entries at the new places must be counted as live by the caller for those that flipped;
-        the old places are given up here. Slots may belong to several spaces of one group.
+        the old places are given up here. Only inside the pool may their lengths be others.
+        Slots may belong to several spaces of one group.
 
         Returns:
             Indices into the batch of the slots that flipped; shape (k,).
@@ -178,11 +180,21 @@ class Core:
             group.pool_bytes += delta
             group.device_bytes -= delta
         old_places = places_of(old)
+        self._resized(numbers[same], moved.length - old_places.length, group)
         if old_tag is Tag.ZSWAP:
             self.zswap.give_up(old_places)
         else:
             self.devices.give_up(old_places)
         return same
+
+    def _resized(self, numbers: I64, gains: I64, group: Group) -> None:
+        """Charge what entries of the pool have grown by: those that were compressed again."""
+        if not gains.any():
+            return
+        group.pool_bytes += int(gains.sum())
+        owners = self.clusters.owners_of(numbers >> CLUSTER_SHIFT)
+        for owner in np.unique(owners).tolist():
+            self.spaces[owner].compressed_bytes += int(gains[owners == owner].sum())
 
     def live_words(self, tag: Tag, number: int, numbers: I64, offsets: I64) -> tuple[I64, U64]:
         """Which entries of a segment or extent the table names, and by which words.

@@ -22,11 +22,11 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
-from vswapd_backends.base import PAUSE, WAIT, Breath, IoBatch, StuckError, Submit
+from vswapd_backends.base import PAUSE, WAIT, Breath, Compute, IoBatch, StuckError, Submit
 
 _LOG: Final = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -64,30 +64,6 @@ class FairLock:
 
     def __exit__(self, *_: object) -> None:
         self.room.release()
-
-
-@dataclass(slots=True)
-class Compute(Generic[T]):
-    """What an operation yields to have something computed outside the lock."""
-
-    call: Callable[[], T]
-    slow: bool = False
-    """Whether it is to be done in a worker, so that the event loop can go on meanwhile."""
-    _outcome: list[T] = field(default_factory=list, init=False)
-    _error: BaseException | None = field(default=None, init=False)
-
-    def perform(self) -> None:
-        """Do it; errors wait for `result`."""
-        try:
-            self._outcome.append(self.call())
-        except BaseException as error:  # noqa: BLE001 - `result` raises it where it belongs
-            self._error = error
-
-    def result(self) -> T:
-        """What came out of it, once the operation is resumed."""
-        if self._error is not None:
-            raise self._error
-        return self._outcome[0]
 
 
 @dataclass(slots=True)

@@ -41,13 +41,13 @@ from vswap.protocol import (
     pack_header,
     request_body_bytes,
 )
-from vswapd.driver import Compute, Task
+from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError
 from vswapd.groups import Space
 from vswapd.peer import Peer
 from vswapd.vswap import Engine, Folio
 from vswapd.window import Window
-from vswapd_backends.base import U64
+from vswapd_backends.base import U64, Compute
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST_NAME: Final = 64

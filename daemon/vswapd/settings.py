@@ -42,6 +42,13 @@ class Settings:
     """Share of pool_max: once full, the pool refuses until it is at or below this."""
     codec: str = "lz4"
     """`lz4`, `lz4hc:N`, `zstd:N`: what new pages are compressed with."""
+    dense: str = ""
+    """What pages that got old are compressed with again; empty: they are left as they are."""
+    dense_age: float = 60.0
+    """Seconds without a new page in their segment after which pages are old. Sooner if the pool
+    passes its high watermark."""
+    recompress_share: float = 0.25
+    """Share of one core that recompression may take; 0: none."""
     pool_enabled: bool = True
     """Off: new pages go straight to the device; what is in the pool stays readable."""
     verify: Literal["never", "always"] = "never"
@@ -75,4 +82,5 @@ class Settings:
             self,
             max_slots=-(-self.max_slots // shards),
             shrinker_rate=-(-self.shrinker_rate // shards),
+            recompress_share=self.recompress_share / shards,
         )

@@ -1,9 +1,10 @@
 """The shrinker's policy: how much should go now (count), and making that much go (scan).
 
 It does, in this order: discards, trimming of spare segments, compaction where enough lies waste,
-merging of sparse extents on a device that is nearly full, writeback down to the low watermark once
-the high one was passed, writeback for groups over their limit, writeback of what has been idle for
-long.
+merging of sparse extents on a device that is nearly full, recompression of pages that got old,
+writeback down to the low watermark once the high one was passed, writeback for groups over their
+limit, writeback of what has been idle for long. What is about to be written back is recompressed
+first, as far as there is processor time for it.
 
 Invariants:
 - When nothing can be done (no device, device full, budget spent, writeback off) count is 0, and
@@ -28,6 +29,7 @@ from vswapd.compaction import Compaction
 from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.groups import Group
+from vswapd.recompression import Recompression
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import I64, SEGMENT_BYTES, Operation
 
@@ -54,8 +56,12 @@ class Doing(StrEnum):
     TRIMMING = "trimming"
     COMPACTING = "compacting"
     MERGING = "merging extents"
+    RECOMPRESSING = "recompressing"
     WRITING = "writing back"
     IDLE = "idle"
+
+
+_MAY_STALL: Final = frozenset({Doing.COMPACTING, Doing.MERGING, Doing.RECOMPRESSING, Doing.WRITING})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +76,18 @@ class Shrinker:
     """Count and scan, in the kernel's sense of a shrinker."""
 
     def __init__(
-        self, core: Core, writeback: Writeback, compaction: Compaction, moves: DeviceMoves
+        self,
+        core: Core,
+        writeback: Writeback,
+        compaction: Compaction,
+        moves: DeviceMoves,
+        recompression: Recompression,
     ) -> None:
         self._core = core
         self._writeback = writeback
         self._compaction = compaction
         self._moves = moves
+        self.recompression: Final = recompression
         self.doing = Doing.IDLE
         self.why = "below the watermarks"
         """Why it idles, or why it works."""
@@ -117,8 +129,12 @@ class Shrinker:
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._compaction.wanted()
-            or (not self._watching and core.settings.idle_age > 0 and core.zswap.total_entries > 0)
+            or (not self._watching and self._ages() and core.zswap.total_entries > 0)
         )
+
+    def _ages(self) -> bool:
+        """Whether time alone makes work of pages that stay in the pool."""
+        return self._core.settings.idle_age > 0 or self.recompression.target is not None
 
     def next_wakeup(self) -> float | None:
         """The clock's time at which there may be work although nothing happens until then.
@@ -129,7 +145,24 @@ class Shrinker:
         times = [] if self._spare_since is None else [self._spare_since + _SPARE_AGE]
         if self._core.settings.shrinker_enabled:
             times += self._writing_times()
+            times += self._recompressing_times()
+            if self._ages() and not self._core.zswap.total_entries:
+                # Nothing can grow old. Whoever stores the first page wakes us.
+                self._watching = False
         return min(times, default=None)
+
+    def _recompressing_times(self) -> list[float]:
+        """When time alone may let it recompress: pages grown old, processor time, a new try."""
+        work, now = self.recompression, self._core.clock()
+        if work.target is None or not self._core.zswap.total_entries:
+            return []
+        if self._is_stalled(Doing.RECOMPRESSING):
+            return [max((now // _RETRY_S + 1) * _RETRY_S, now + 1.0)]
+        if work.seconds() <= 0:
+            return [work.affordable_at()]
+        due = work.next_due()
+        later = now + max(1.0, self._core.settings.dense_age)
+        return [later if due is None else max(due, now + 1.0)]
 
     def _writing_times(self) -> list[float]:
         """When time alone may let it write: a new day, a token, a new try, pages grown old."""
@@ -143,11 +176,7 @@ class Shrinker:
             return [now + (SEGMENT_BYTES - self._allowed()) / settings.shrinker_rate]
         if self._is_stalled(Doing.WRITING):
             return [max((now // _RETRY_S + 1) * _RETRY_S, now + 1.0)]
-        if not settings.idle_age:
-            return []
-        if not self._core.zswap.total_entries:
-            # Nothing can grow old. Whoever stores the first page wakes us.
-            self._watching = False
+        if not settings.idle_age or not self._core.zswap.total_entries:
             return []
         due = self._core.zswap.stamps_of(self._eligible()) + settings.idle_age
         times = [float(due[due > now].min(initial=now + settings.idle_age))]
@@ -174,7 +203,15 @@ class Shrinker:
         mergeable = stop in {None, Stop.DEVICE_FULL} and not self._is_stalled(Doing.MERGING)
         if mergeable and self._moves.merge_pays():
             return self._say(Doing.MERGING, "the device is nearly full", SEGMENT_BYTES)
+        return self._count_leaving(stop)
+
+    def _count_leaving(self, stop: Stop | None) -> int:
+        """The same for what leaves its segment: to the dense pool, or to a device."""
+        settings = self._core.settings
         excess, why = self._excess()
+        dense = self._recompressible(excess, why)
+        if dense is not None:
+            return self._say(Doing.RECOMPRESSING, dense, SEGMENT_BYTES)
         if not excess:
             return self._say(Doing.IDLE, why, 0)
         if stop is not None:
@@ -185,6 +222,21 @@ class Shrinker:
             self._held_back = True
             return self._say(Doing.IDLE, "held back by shrinker.rate", 0)
         return self._say(Doing.WRITING, why, excess)
+
+    def _recompressible(self, excess: int, why: str) -> str | None:
+        """Why pages are to be recompressed now; None: they are not."""
+        work = self.recompression
+        if work.target is None or self._is_stalled(Doing.RECOMPRESSING) or work.seconds() <= 0:
+            return None
+        if excess:
+            return why if len(work.candidates(self._groups())) else None
+        if len(work.due()) and not work.busy():
+            return "pages older than pool.dense_age"
+        return None
+
+    def _groups(self) -> I64 | None:
+        """Whose pages are to go, by index; None: anybody's."""
+        return None if self._only is None else np.array([self._only.index])
 
     def _trim_is_due(self) -> bool:
         if not self._core.zswap.arena.spare_bytes:
@@ -284,7 +336,7 @@ class Shrinker:
         self.last_bytes = gone
         if gone:
             self._stalls.pop(doing, None)
-        elif doing in {Doing.COMPACTING, Doing.MERGING, Doing.WRITING}:
+        elif doing in _MAY_STALL:
             self._stalls[doing] = _Stall(self._signature(), self.why)
         return gone
 
@@ -307,6 +359,8 @@ class Shrinker:
             case Doing.MERGING:
                 freed = yield from self._moves.merge()
                 return freed * SEGMENT_BYTES
+            case Doing.RECOMPRESSING:
+                return (yield from self.recompression.step(self._groups()))
             case Doing.WRITING:
                 return (yield from self._write(nbytes))
             case Doing.IDLE:

@@ -41,6 +41,12 @@ class Stats:
     """Bytes were written to a device to put sparse extents together."""
     compact_bytes: int = 0
     """Compressed bytes were copied inside the pool, by compaction or a second chance."""
+    recompress_pages: int = 0
+    """A page went into the dense pool."""
+    recompress_saved_bytes: int = 0
+    """Compressed bytes that such pages became smaller by."""
+    recompress_ms: int = 0
+    """Processor time that trying to took, milliseconds."""
     swapin_pages: int = 0
     """A page was loaded from a device."""
     lost_pages: int = 0

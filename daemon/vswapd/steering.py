@@ -21,11 +21,11 @@ from vswapd.arguments import Arguments
 from vswapd.config import Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
 from vswapd.control import Origin
-from vswapd.driver import Compute, T, Task
+from vswapd.driver import T, Task
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.vswap import NO_ORIGIN, Engine
-from vswapd_backends.base import WAIT
+from vswapd_backends.base import WAIT, Compute
 from vswapd_blockdev.device import BlockDevice, OpenError
 
 _LOG: Final = logging.getLogger(__name__)

@@ -40,6 +40,7 @@ from vswapd.groups import Space, refuse_closed
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
 from vswapd.memory import Shape, ShardMemory
+from vswapd.recompression import Recompression
 from vswapd.recovery import Reopen, recover
 from vswapd.room import Refusal, Room, reason_for
 from vswapd.settings import Settings
@@ -118,7 +119,10 @@ class Engine:
         self._fallback: Final = Fallback(self.core, self._writeback)
         self._room: Final = Room(self.core, self._writeback, self._compaction)
         self._moves: Final = DeviceMoves(self.core, self._writeback, self._fallback)
-        self.shrinker: Final = Shrinker(self.core, self._writeback, self._compaction, self._moves)
+        self._recompression: Final = Recompression(self.core)
+        self.shrinker: Final = Shrinker(
+            self.core, self._writeback, self._compaction, self._moves, self._recompression
+        )
         self._loading: Final = Loading(self.core, self._fallback, self.shrinker, self._nudge)
         self.on_pressure: Callable[[], None] | None = None
         """Called, under the lock, when the shrinker has got something to do. Must be cheap."""
@@ -535,10 +539,15 @@ class Engine:
         if settings.max_slots != self.core.settings.max_slots:
             raise ArgumentError("table.max_slots cannot be changed while the daemon runs")
         refuse_small_arena(settings, self.core.zswap.arena.region.size)
+        zswap = self.core.zswap
         try:
-            self.core.zswap.current = self.core.zswap.pool_of(settings.codec)
+            current = zswap.pool_of(settings.codec)
+            dense = zswap.pool_of(settings.dense) if settings.dense else None
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
+        if dense is not zswap.dense:
+            zswap.tried[:] = False
+        zswap.current, zswap.dense = current, dense
         self.core.settings = settings
         self.core.zswap.arena.most_bytes = settings.pool_max
         self.core.groups.apply(settings)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from support.engine import UnkindDevice
-from vswapd.driver import Compute, Driver, FairLock, Pending, Progress, Task
+from vswapd.driver import Driver, FairLock, Pending, Progress, Task
 from vswapd_backends.base import (
     PAGE_BYTES,
     PAUSE,
     WAIT,
+    Compute,
     IoBatch,
     IoKind,
     IoRequest,

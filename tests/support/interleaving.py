@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from vswapd.errors import EngineError
-from vswapd_backends.base import PAUSE, WAIT, IoBatch, IoRequest, Need, Operation, Submit
+from vswapd_backends.base import PAUSE, WAIT, Compute, IoBatch, IoRequest, Need, Operation, Submit
 
 
 class Running:
@@ -29,8 +29,8 @@ class Running:
         self.name: Final = name
         self.operation: Final = operation
         self.need: Need | None = None
-        self.air: list[IoRequest] = []
-        """Requests asked for and not performed yet, submitted ones too."""
+        self.air: list[IoRequest | Compute[Any]] = []
+        """What was asked for and is not performed yet: requests, submitted ones too, and work."""
         self.steps = 0
         self.ended = False
         self.cancelled = False
@@ -62,6 +62,8 @@ class Running:
         if isinstance(batch, IoBatch) and batch.ticket is None:
             batch.ticket = self
             self.air += batch.requests
+        elif isinstance(need, Compute):
+            self.air.append(need)
 
     def _end(self) -> None:
         self.need = None
@@ -73,6 +75,8 @@ class Running:
     @property
     def waits_for_io(self) -> bool:
         """Whether requests of the batch that it waits for are still to be performed."""
+        if isinstance(self.need, Compute):
+            return bool(self.air)
         if not isinstance(self.need, IoBatch):
             return False
         awaited = {id(request) for request in self.need.requests}
@@ -160,7 +164,10 @@ class Scheduler:
         if what == "perform":
             request = task.air.pop(self.chooser.randrange(len(task.air)))
             request.perform()
-            self.history.append(f"{task.name}: {request.kind.value} {request.extent} done")
+            done = "work"
+            if isinstance(request, IoRequest):
+                done = f"{request.kind.value} {request.extent}"
+            self.history.append(f"{task.name}: {done} done")
         else:
             self._advance(task)
         self._check()
@@ -202,6 +209,8 @@ def _brief(what: object) -> str:
         return f"waits for {len(what.requests)} requests"
     if isinstance(what, Submit):
         return f"submits {len(what.batch.requests)} requests"
+    if isinstance(what, Compute):
+        return "waits for work"
     if what is WAIT or what is PAUSE:
         return str(what)
     return f"ended: {repr(what)[:80]}"

@@ -252,6 +252,8 @@ class Storm:
                 self.rig.set(pool_enabled=not self.rig.engine.core.settings.pool_enabled)
             if chance() < 0.02:
                 self.rig.set(codec=self.chooser.choice(["lz4", "lz4hc:1", "zstd:1"]))
+            if chance() < 0.03:
+                self.rig.set(dense=self.chooser.choice(["", "zstd:1", "zstd:3"]), dense_age=5.0)
             if chance() < weather.cancels:
                 self._cancel_one()
             for _ in range(self.chooser.randint(0, 4)):

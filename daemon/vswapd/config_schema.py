@@ -254,7 +254,9 @@ class Tiers(str):
                 f'{raw!r}: write one codec or two, such as ["lz4", "zstd:3"]: for new pages, and '
                 "for pages that got old"
             )
-        codecs = [CodecSpec.parse(name.strip() if isinstance(name, str) else name) for name in names]
+        codecs = [
+            CodecSpec.parse(name.strip() if isinstance(name, str) else name) for name in names
+        ]
         if len(set(codecs)) < len(codecs):
             raise UnitError(f"{raw!r}: the second codec is for pages that got old: another one")
         return cls(",".join(codecs))

@@ -71,6 +71,8 @@ class Core:
         )
         arena = ZPool(memory.pool.size, memory.pool, memory.segments)
         self.zswap: Final = Zswap(arena, settings.codec, memory.specs)
+        if settings.dense:
+            self.zswap.dense = self.zswap.pool_of(settings.dense)
         self.devices: Final = SwapDevices(memory.extents)
         self.groups: Final = Groups(settings, ledger, memory.groups)
         self.spaces: Final[dict[int, Space]] = {}

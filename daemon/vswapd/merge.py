@@ -82,6 +82,8 @@ def _pool(pools: list[PoolState]) -> PoolState:
             lambda part: part.codec,
             lambda parts: PoolPart(
                 codec=parts[0].codec,
+                tier=parts[0].tier,
+                bytes=sum(p.bytes for p in parts),
                 entries=sum(p.entries for p in parts),
                 live_bytes=sum(p.live_bytes for p in parts),
             ),

@@ -63,6 +63,8 @@ class Recompression:
         """Whether the machine has something better to do; asked before pages go only by age."""
         self.cpu_clock: Callable[[], float] = time.thread_time
         """What the budget is held against: seconds of the thread that compresses."""
+        self._expected = 0.75
+        """What becomes of a byte, with a margin: a running mean."""
         self._tokens = _BURST_S
         self._tokens_at = core.clock()
 
@@ -111,15 +113,19 @@ class Recompression:
 
     # Doing it
 
-    def step(self, groups: I64 | None = None) -> Operation[int]:
-        """Take the coldest candidates of one stream apart; returns what became of them, in bytes.
+    def step(self, groups: I64 | None = None, *, young: bool = False) -> Operation[int]:
+        """Take the coldest candidates of one stream apart.
+
+        Args:
+            groups: whose; None: anybody's.
+            young: whether those may go, too, that are not old enough to go by themselves.
 
         Returns:
             Compressed bytes that were looked at: moved, or found not to shrink. 0: nothing could
             be done, for lack of candidates or of room.
         """
         core, zswap, target = self._core, self._core.zswap, self.target
-        found = self.candidates(groups)
+        found = self.candidates(groups) if young else self.due()
         if target is None or not len(found):
             return 0
         stream = zswap.stream_of(int(found[0]))
@@ -139,7 +145,7 @@ class Recompression:
             yield work
             denser, seconds = work.result()
             self._tokens -= seconds
-            core.stats.recompress_ms += round(seconds * 1000)
+            core.stats.recompress_seconds += seconds
             if target is not self.target:
                 return 0  # the tiers are others by now
             moved = self._move(batch, denser, (target.index, stream[1]))
@@ -164,7 +170,7 @@ class Recompression:
         """As many of these segments as there is room for what comes out of them; None: of none."""
         for count in range(len(segments), 0, -1):
             batch = self._gather(segments[:count].tolist())
-            if self._has_room(batch.lengths):
+            if self._has_room((batch.lengths * self._expected).astype(np.int64)):
                 return batch
         return None
 
@@ -201,6 +207,9 @@ class Recompression:
         """Put what became smaller into dense segments; returns how many pages, None: no room."""
         core, zswap = self._core, self._core.zswap
         lengths = np.array([len(entry) for entry in entries], np.int64)
+        if len(lengths):
+            after = np.where(lengths > 0, lengths, batch.lengths).sum() / batch.lengths.sum()
+            self._expected += 0.25 * (min(1.0, 1.05 * float(after)) - self._expected)
         # Those that became no smaller, or could not be read, are empty.
         which = np.flatnonzero((lengths > 0) & (core.words_now(batch.numbers) == batch.words))
         if not len(which):

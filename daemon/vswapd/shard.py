@@ -25,6 +25,7 @@ from vswapd import __version__, session
 from vswapd.config import Config
 from vswapd.driver import Driver, Pending, T, Task
 from vswapd.host import Host
+from vswapd.idleness import Busy
 from vswapd.ledger import Ledger
 from vswapd.peer import Peer
 from vswapd.server import Server
@@ -88,6 +89,7 @@ class Shard:
         self.driver: Final = Driver()
         self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
         self.engine.on_pressure = self.shrinker.poke
+        self.engine.shrinker.recompression.busy = Busy(clock)
         self.steering: Final = Steering(
             version=__version__,
             engine=self.engine,

@@ -95,6 +95,8 @@ class Shrinker:
         """Bytes that the last scan made go."""
         self._working = False
         """Whether the high watermark was passed, and the low one is not reached."""
+        self._pressed = False
+        """Whether what is to be recompressed would be written back otherwise."""
         self._only: Group | None = None
         """Whose pages are to be written back; None: the oldest, whosever they are."""
         self._spare_since: float | None = None
@@ -228,6 +230,7 @@ class Shrinker:
         work = self.recompression
         if work.target is None or self._is_stalled(Doing.RECOMPRESSING) or work.seconds() <= 0:
             return None
+        self._pressed = excess > 0
         if excess:
             return why if len(work.candidates(self._groups())) else None
         if len(work.due()) and not work.busy():
@@ -360,7 +363,8 @@ class Shrinker:
                 freed = yield from self._moves.merge()
                 return freed * SEGMENT_BYTES
             case Doing.RECOMPRESSING:
-                return (yield from self.recompression.step(self._groups()))
+                work = self.recompression.step(self._groups(), young=self._pressed)
+                return (yield from work)
             case Doing.WRITING:
                 return (yield from self._write(nbytes))
             case Doing.IDLE:

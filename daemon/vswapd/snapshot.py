@@ -14,6 +14,7 @@ from vswapd.shrinker import Shrinker
 from vswapd.stats import Stats
 from vswapd.swap_table import Tag
 from vswapd_backends.base import PAGE_BYTES
+from vswapd_backends.zswap import Pool
 from vswapd_blockdev.device import EXTENT_BYTES
 
 
@@ -37,6 +38,10 @@ class PoolPart:
     """One codec's entries."""
 
     codec: str
+    tier: str
+    """`new`: for new pages; `dense`: for pages that got old; `former`: until its pages are gone."""
+    bytes: int
+    """Memory that its segments take."""
     entries: int
     live_bytes: int
 
@@ -203,11 +208,23 @@ def _pool(core: Core) -> PoolState:
         full=core.pool_was_full,
         corrupt_entries=zswap.corrupt_entries,
         parts=tuple(
-            PoolPart(codec=pool.codec.spec, entries=pool.entries, live_bytes=pool.live_bytes)
+            PoolPart(
+                codec=pool.codec.spec,
+                tier=_tier(core, pool),
+                bytes=zswap.resident_of(pool),
+                entries=pool.entries,
+                live_bytes=pool.live_bytes,
+            )
             for pool in zswap.pools
-            if pool.entries or pool is zswap.current
+            if pool.entries or pool is zswap.current or pool is zswap.dense
         ),
     )
+
+
+def _tier(core: Core, pool: Pool) -> str:
+    if pool is core.zswap.current:
+        return "new"
+    return "dense" if pool is core.zswap.dense else "former"
 
 
 def _devices(core: Core) -> list[DeviceState]:

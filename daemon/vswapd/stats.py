@@ -45,8 +45,8 @@ class Stats:
     """A page went into the dense pool."""
     recompress_saved_bytes: int = 0
     """Compressed bytes that such pages became smaller by."""
-    recompress_ms: int = 0
-    """Processor time that trying to took, milliseconds."""
+    recompress_seconds: float = 0.0
+    """Processor time that trying to took."""
     swapin_pages: int = 0
     """A page was loaded from a device."""
     lost_pages: int = 0

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final
 
-from vswapd.snapshot import Snapshot, SpaceState
+from vswapd.snapshot import PoolPart, Snapshot, SpaceState
+from vswapd_backends.base import PAGE_BYTES
 
 _TOP: Final = 10
 """Spaces that are named in the document."""
@@ -58,11 +59,12 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
             "live_bytes": pool.live_bytes,
             "original_bytes": pool.original_bytes,
             "codec": settings.codec,
+            "dense_codec": settings.dense or None,
             "verify": settings.verify,
             "full": pool.full,
             "segments": pool.segments,
             "corrupt_entries": pool.corrupt_entries,
-            "pools": [dataclasses.asdict(part) for part in pool.parts],
+            "tiers": [_tier(part) for part in pool.parts],
         },
         "table": {
             "bytes": snapshot.table_bytes,
@@ -118,3 +120,16 @@ def spaces(snapshot: Snapshot, now: float) -> dict[str, Any]:
 
 def _largest(found: tuple[SpaceState, ...]) -> list[SpaceState]:
     return sorted(found, key=lambda space: (-space.original_bytes, space.id))
+
+
+def _tier(part: PoolPart) -> dict[str, Any]:
+    original = part.entries * PAGE_BYTES
+    return {
+        "codec": part.codec,
+        "tier": part.tier,
+        "pages": part.entries,
+        "bytes": part.bytes,
+        "live_bytes": part.live_bytes,
+        "original_bytes": original,
+        "ratio": round(original / part.live_bytes, 3) if part.live_bytes else None,
+    }

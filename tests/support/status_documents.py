@@ -13,6 +13,21 @@ from vswapd.config import Config
 
 MIB = 1 << 20
 
+
+def tier(codec: str, name: str, pages: int, live_bytes: int) -> dict[str, Any]:
+    """One codec's part of the pool."""
+    original = pages * 4096
+    return {
+        "codec": codec,
+        "tier": name,
+        "pages": pages,
+        "bytes": live_bytes + live_bytes // 64,
+        "live_bytes": live_bytes,
+        "original_bytes": original,
+        "ratio": round(original / live_bytes, 3) if live_bytes else None,
+    }
+
+
 EMPTY: dict[str, Any] = {
     "version": "0.1.0",
     "state": "running",
@@ -32,7 +47,8 @@ EMPTY: dict[str, Any] = {
         "full": False,
         "segments": 0,
         "corrupt_entries": 0,
-        "pools": [{"codec": "lz4", "entries": 0, "live_bytes": 0}],
+        "dense_codec": "zstd:3",
+        "tiers": [tier("lz4", "new", 0, 0), tier("zstd:3", "dense", 0, 0)],
     },
     "table": {"bytes": 0, "max_slots": 1 << 30, "clusters": 0},
     "devices": [],
@@ -51,6 +67,9 @@ EMPTY: dict[str, Any] = {
         "free_pages": 0,
         "writeback_pages": 0,
         "writeback_bytes": 0,
+        "recompress_pages": 0,
+        "recompress_saved_bytes": 0,
+        "recompress_seconds": 0.0,
         "swapin_pages": 0,
         "fallback_pages": 0,
         "fallback_bytes": 0,
@@ -122,7 +141,7 @@ BUSY = _changed(
         "live_bytes": 185 * MIB,
         "original_bytes": 110000 * 4096,
         "segments": 760,
-        "pools": [{"codec": "lz4", "entries": 110000, "live_bytes": 185 * MIB}],
+        "tiers": [tier("lz4", "new", 110000, 185 * MIB)],
     },
     table={"bytes": MIB, "clusters": 256},
     devices=[device()],
@@ -139,6 +158,9 @@ BUSY = _changed(
         "free_pages": 247794,
         "writeback_pages": 40123,
         "writeback_bytes": 80 * MIB,
+        "recompress_pages": 20000,
+        "recompress_saved_bytes": 20 * MIB,
+        "recompress_seconds": 0.75,
         "swapin_pages": 6012,
         "reclaim_bytes": 12 * MIB,
     },
@@ -173,9 +195,9 @@ FULL = _changed(
         "live_bytes": 248 * MIB,
         "full": True,
         "codec": "zstd:3",
-        "pools": [
-            {"codec": "lz4", "entries": 90000, "live_bytes": 200 * MIB},
-            {"codec": "zstd:3", "entries": 20000, "live_bytes": 48 * MIB},
+        "tiers": [
+            tier("lz4", "new", 90000, 200 * MIB),
+            tier("zstd:3", "dense", 20000, 18 * MIB),
         ],
     },
     devices=[],

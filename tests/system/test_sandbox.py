@@ -63,7 +63,7 @@ def test_a_member_sees_the_status(machine: Container) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        "set pool.codec=zstd:3",
+        "set pool.tiers=zstd:3",
         "reload",
         "swapon /var/lib/vswapd/swap --size 64M",
         "swapoff /var/lib/vswapd/swap",
@@ -87,7 +87,7 @@ def test_a_member_may_not_steer(machine: Container, words: str) -> None:
 def test_root_may_steer(machine: Container) -> None:
     """What root sets holds at once."""
     restarted(machine)
-    done = ctl(machine, "set", "pool.codec=zstd:3")
+    done = ctl(machine, "set", "pool.tiers=zstd:3")
     assert done.returncode == 0, done.stderr
     assert status(machine)["pool"]["codec"] == "zstd:3"
 

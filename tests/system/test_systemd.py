@@ -45,13 +45,13 @@ def test_reload(machine: Container) -> None:
     before = configuration.read_text()
     pid = main_pid(machine)
     try:
-        configuration.write_text('[pool]\ncodec = "zstd:1"\n[server]\nmax_connections = 7\n')
+        configuration.write_text('[pool]\ntiers = ["zstd:1"]\n[server]\nmax_connections = 7\n')
         machine.run("systemctl", "reload", "vswapd.service")
         journal.await_line(r"server\.max_connections")
         assert status(machine)["pool"]["codec"] == "zstd:1"
-        configuration.write_text('[pool]\ncodek = "zstd:1"\n')
+        configuration.write_text('[pool]\ntires = ["zstd:1"]\n')
         machine.run("systemctl", "reload", "vswapd.service")
-        journal.await_line(r"pool\.codec")
+        journal.await_line(r"pool\.tiers")
         assert status(machine)["pool"]["codec"] == "zstd:1"
     finally:
         configuration.write_text(before)
@@ -66,9 +66,9 @@ def test_a_wrong_configuration_is_not_tried_again(machine: Container) -> None:
     configuration = machine.root / "etc/vswapd/vswapd.toml"
     before = configuration.read_text()
     try:
-        configuration.write_text('[pool]\ncodek = "zstd:1"\n')
+        configuration.write_text('[pool]\ntires = ["zstd:1"]\n')
         assert machine.run("systemctl", "restart", "vswapd.service", check=False).returncode
-        journal.await_line(r"pool\.codec")
+        journal.await_line(r"pool\.tiers")
         assert show(machine, "ExecMainStatus") == "78"
         assert show(machine, "ActiveState") == "failed"
         assert show(machine, "NRestarts") == "0"

@@ -149,20 +149,21 @@ def _pool(status: Document) -> RenderableType:
     if corrupt := pool["corrupt_entries"]:
         entries = "damaged entry" if corrupt == 1 else "damaged entries"
         lines.append(Text(f"{corrupt:,} {entries}: the journal has the slots", BAD))
-    if len(pool["pools"]) > 1:
-        lines += [
-            Text(
-                f"{part['codec']}: {_count(part['entries'], 'page')} in "
-                f"{human_size(part['live_bytes'])}{_new_pages(part, pool)}",
-                QUIET,
-            )
-            for part in pool["pools"]
-        ]
+    tiers = [tier for tier in pool["tiers"] if tier["pages"]]
+    if len(tiers) > 1:
+        lines += [Text(_tier(tier), QUIET) for tier in tiers]
     return Group(*lines)
 
 
-def _new_pages(part: Document, pool: Document) -> str:
-    return " (new pages)" if part["codec"] == pool["codec"] else " (until they are gone)"
+_TIERS: Final = {"new": "new pages", "dense": "old pages", "former": "until they are gone"}
+
+
+def _tier(tier: Document) -> str:
+    size = human_size(tier["live_bytes"])
+    return (
+        f"{tier['codec']}: {_count(tier['pages'], 'page')} in {size}, {tier['ratio']:.1f} to 1 "
+        f"({_TIERS[tier['tier']]})"
+    )
 
 
 def _bar_row(parts: Iterable[Part], *facts: str) -> RenderableType:

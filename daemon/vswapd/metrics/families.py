@@ -122,7 +122,7 @@ def _group(name: str, help_: str, key: str) -> Family:
 
 def _codec(name: str, help_: str, key: str) -> Family:
     def read(document: Document) -> Samples:
-        return _rows("pools", "codec", key)(document["pool"])
+        return _rows("tiers", "codec", key)(document["pool"])
 
     return Family(name, help_, read, ("codec",))
 
@@ -189,8 +189,9 @@ FAMILIES: Final = (
         "Entries of the pool that turned out to be damaged.",
         _one("pool", "corrupt_entries"),
     ),
-    _codec("vswap_pool_pages", "Pages in the pool by codec.", "entries"),
+    _codec("vswap_pool_pages", "Pages in the pool by codec.", "pages"),
     _codec("vswap_pool_live_bytes", "Compressed bytes in the pool by codec.", "live_bytes"),
+    _codec("vswap_pool_codec_bytes", "Memory that the pool takes by codec.", "bytes"),
     _device("vswap_device_size_bytes", "Size of a swap device.", "size_bytes"),
     _device("vswap_device_used_bytes", "What of a swap device is in use.", "used_bytes"),
     _device("vswap_device_live_bytes", "Compressed bytes on a swap device.", "live_bytes"),
@@ -226,6 +227,21 @@ FAMILIES: Final = (
         "vswap_writeback_pages_total",
         "Pages that moved from the pool to a swap device.",
         "writeback_pages",
+    ),
+    _traffic(
+        "vswap_recompress_pages_total",
+        "Old pages that were compressed again, and went into the dense pool.",
+        "recompress_pages",
+    ),
+    _traffic(
+        "vswap_recompress_saved_bytes_total",
+        "Compressed bytes that such pages became smaller by.",
+        "recompress_saved_bytes",
+    ),
+    _traffic(
+        "vswap_recompress_seconds_total",
+        "Processor time that compressing old pages again took.",
+        "recompress_seconds",
     ),
     _traffic("vswap_swapin_pages_total", "Pages loaded from a swap device.", "swapin_pages"),
     _traffic(

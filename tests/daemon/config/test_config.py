@@ -37,12 +37,12 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 def test_defaults_need_no_file() -> None:
     """Without file and overrides the engine gets a fifth of the memory and lz4."""
-    assert load(None).settings(HOST) == Settings(pool_max=(8 << 30) // 5)
+    assert load(None).settings(HOST) == Settings(pool_max=(8 << 30) // 5, dense="zstd:3")
 
 
 def test_file_then_overrides(write: Callable[[str], Path]) -> None:
     """A file's values hold until an override says something else."""
-    file = write('[pool]\nmax = "1G"\ncodec = "zstd:3"\n[server]\nmax_connections = 7\n')
+    file = write('[pool]\nmax = "1G"\ntiers = ["zstd:3"]\n[server]\nmax_connections = 7\n')
     found = load(file, ["pool.max=2G", "pool.enabled=false", "server.max_batch=128"])
     settings = found.settings(HOST)
     assert (settings.pool_max, settings.codec, settings.pool_enabled) == (2 << 30, "zstd:3", False)
@@ -84,18 +84,26 @@ def test_groups_take_what_they_leave_out_from_default(write: Callable[[str], Pat
         ("[pol]\nx = 1", "pol: there is no such key; did you mean pool?"),
         ('[pool]\nmaks = "1G"', "pool.maks: there is no such key; did you mean pool.max?"),
         ("[shrinker]\nhigh_watermrak = 1", "did you mean shrinker.high_watermark?"),
-        ('[server]\ncodec = "lz4"', "server.codec: there is no such key; did you mean pool.codec?"),
+        (
+            '[server]\ntiers = ["lz4"]',
+            "server.tiers: there is no such key; did you mean pool.tiers?",
+        ),
         ("[pool]\nqqqqq = 1", "pool.qqqqq: there is no such key; known here: pool.max, "),
         ("[pool]\nmax = true", "pool.max: True is not understood: write 512M"),
         ("[pool]\nmax = 0.5", "pool.max: 0.5 is not understood: write 512M"),
         ('[pool]\nmax = "12Q"', "pool.max: '12Q' has a unit that sizes do not have: write 512M"),
         ('[pool]\nmax = "120%"', "pool.max: '120%' is more than the whole: write 0% to 100%"),
         ('[pool]\nmax = "100K"', "pool.max: 102400 bytes is too little: write 0 or at least 1M"),
-        ('[pool]\ncodec = "snappy"', "pool.codec: 'snappy' is no codec: use lz4, lz4hc:1 to"),
-        ('[pool]\ncodec = "zstd"', "is no codec: use"),
-        ('[pool]\ncodec = "zstd:23"', "levels of zstd are 1 to 22"),
-        ('[pool]\ncodec = "zstd:03"', "is no codec: use"),
-        ('[pool]\ncodec = "lz4hc:13"', "levels of lz4hc are 1 to 12"),
+        ('[pool]\ntiers = ["snappy"]', "pool.tiers: 'snappy' is no codec: use lz4, lz4hc:1 to"),
+        ("[pool]\ntiers = []", "pool.tiers: []: write one codec or two"),
+        ('[pool]\ntiers = ["lz4", "zstd:1", "zstd:3"]', "write one codec or two"),
+        ('[pool]\ntiers = ["lz4", "lz4"]', "the second codec is for pages that got old"),
+        ("[pool]\ntiers = 3", "pool.tiers: 3: write one codec or two"),
+        ("[pool]\ntiers = [3]", "3 is no codec"),
+        ('[pool]\ntiers = ["zstd"]', "is no codec: use"),
+        ('[pool]\ntiers = ["zstd:23"]', "levels of zstd are 1 to 22"),
+        ('[pool]\ntiers = ["zstd:03"]', "is no codec: use"),
+        ('[pool]\ntiers = ["lz4hc:13"]', "levels of lz4hc are 1 to 12"),
         ('[pool]\nverify = "often"', "pool.verify: 'often' is not understood: write one of"),
         ('[pool]\nenabled = "true"', "pool.enabled: 'true' is not understood: write true or false"),
         ("[server]\nmax_batch = 0", "server.max_batch: 0 is not understood: write a whole"),
@@ -251,7 +259,7 @@ def test_flat_can_be_read_back() -> None:
             "shrinker.rate=3M",
             "server.socket_mode=660",
             "shrinker.idle_age=90s",
-            "pool.codec=zstd:9",
+            "pool.tiers=zstd:9,zstd:19",
             "pool.max=1.5G",
         ],
     )

@@ -64,7 +64,7 @@ def test_script_is_valid(shell: str, capsys: pytest.CaptureFixture[str]) -> None
         ("vswapctl sw", {"swapon", "swapoff"}),
         ("vswapctl completion ", {"bash", "zsh", "fish"}),
         ("vswapctl --so", {"--socket"}),
-        ("vswapctl set pool.c", {"pool.codec="}),
+        ("vswapctl set pool.t", {"pool.tiers="}),
     ],
 )
 def test_bash_completes(words: str, expected: set[str], capsys: pytest.CaptureFixture[str]) -> None:

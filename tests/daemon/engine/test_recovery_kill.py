@@ -294,6 +294,21 @@ def _codec_switch(s: Scene) -> Callable[[], None]:
     return under_fire
 
 
+def _recompression(s: Scene) -> Callable[[], None]:
+    space = s.space()
+    slots = s.store(space, "text", 130)
+    s.store(space, "noise", 40)
+    s.rig.set(dense="zstd:1")
+    s.rig.load(space, slots[:3])
+
+    def under_fire() -> None:
+        run(s.rig.engine.shrinker.recompression.step(young=True))
+        s.store(space, "text", 3, slots[:3])
+        s.free(space, slots[3:6])
+
+    return under_fire
+
+
 def _swapoff_to_the_pool(s: Scene) -> Callable[[], None]:
     space = s.space()
     s.swapon(0)
@@ -368,6 +383,7 @@ HISTORIES: Final[dict[str, History]] = {
     "fallback": _fallback,
     "compaction": _compaction,
     "codec switch": _codec_switch,
+    "recompression": _recompression,
     "swapoff to the pool": _swapoff_to_the_pool,
     "swapoff to another device": _swapoff_to_another_device,
     "merge": _merge,

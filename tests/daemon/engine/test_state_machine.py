@@ -342,6 +342,16 @@ class EngineMachine(RuleBasedStateMachine):
     def switch_codec(self, codec: str) -> None:
         self.rig.set(codec=codec)
 
+    @rule(dense=st.sampled_from(["", "zstd:1", "zstd:3", "lz4hc:9"]))
+    def switch_dense(self, dense: str) -> None:
+        self.rig.set(dense=dense)
+
+    @rule()
+    def recompress(self) -> None:
+        before = self.rig.engine.core.zswap.total_live_bytes
+        run(self.rig.engine.shrinker.recompression.step(young=True))
+        assert self.rig.engine.core.zswap.total_live_bytes <= before
+
     @precondition(lambda self: len(self.rig.devices) < 3)
     @rule(extents=st.integers(1, 14), priority=st.integers(-1, 1))
     def swapon(self, extents: int, priority: int) -> None:

@@ -52,6 +52,9 @@ def test_the_checker_sees_what_is_wrong() -> None:
     assert problems(event("load", 2, b"old", 4, 5)) == 1
 
 
+TIERS = ["lz4", "lz4,zstd:1", "zstd:1,zstd:9", "lz4hc:4,zstd:3", "lz4,zstd:3"]
+
+
 class _Client:
     """One process's tasks over one space; slots are shared by its tasks."""
 
@@ -164,7 +167,8 @@ def _operate(control: Control, chooser: random.Random, extra: Path) -> None:
         ("writeback", {"bytes": chooser.choice([1, 1 << 20, 1 << 30])}),
         ("compact", {}),
         ("verify", {}),
-        ("set", {"key": "pool.codec", "value": chooser.choice(["lz4", "zstd:1", "lz4hc:4"])}),
+        ("set", {"key": "pool.tiers", "value": chooser.choice(TIERS)}),
+        ("set", {"key": "pool.dense_age", "value": "0s"}),
         ("set", {"key": "pool.verify", "value": chooser.choice(["always", "never"])}),
         ("set", {"key": "pool.max", "value": chooser.choice(["2M", "3M", "6M"])}),
         ("swapon", {"path": str(extra), "size": 24 << 20}),

@@ -91,7 +91,7 @@ def test_what_is_no_socket_is_left_alone(tmp_path: Path) -> None:
         ("--set=pool.max=1X", "unit"),
         ("--set=pool.max=500%", "pool.max"),
         ("--set=server.max_batch=0", "1 to 4096"),
-        ("--set=pool.codec=gzip", "is no codec"),
+        ("--set=pool.tiers=gzip", "is no codec"),
         ("--set=server.shards=0", "1 to 64"),
         ("--config=/nonexistent/vswapd.toml", "cannot be read"),
     ],
@@ -118,7 +118,7 @@ def test_a_device_that_cannot_be_had_is_one_line(tmp_path: Path) -> None:
 def test_sigterm_finishes_what_is_under_way(shards: int) -> None:
     """A request that has begun is answered; who is idle is told that the daemon stops; exit 0."""
     with (
-        running_daemon("pool.max=64M", f"server.shards={shards}", "pool.codec=zstd:19") as daemon,
+        running_daemon("pool.max=64M", f"server.shards={shards}", "pool.tiers=zstd:19") as daemon,
         Wire(daemon.socket_path) as busy,
         Wire(daemon.socket_path) as idle,
     ):
@@ -145,7 +145,7 @@ def test_sigterm_finishes_what_is_under_way(shards: int) -> None:
 def test_sighup_while_stopping(shards: int) -> None:
     """SIGHUP that comes too late for a reload does not end the daemon any sooner."""
     with (
-        running_daemon("pool.max=64M", f"server.shards={shards}", "pool.codec=zstd:19") as daemon,
+        running_daemon("pool.max=64M", f"server.shards={shards}", "pool.tiers=zstd:19") as daemon,
         Wire(daemon.socket_path) as busy,
         Wire(daemon.socket_path) as idle,
     ):

@@ -290,6 +290,7 @@ class Server(Keys, frozen=True, kw_only=True):
     buffer_memory: Size = Size(256 << 20)
     window: Size = Size(4 << 20)
     request_timeout: Seconds = Seconds(30)
+    resume_timeout: Seconds = Seconds(60)
     shards: Shards = Shards(0)
 
 

@@ -12,6 +12,8 @@ Invariants:
   earlier replies. All but the latter is taken from the budget before a body is received. A
   connection that has nothing under way holds 24 bytes.
 - What is wrong by its header is skipped, not received.
+- Where spaces outlive the process, a request that changes anything is not begun before all earlier
+  replies are on their way: so at most one is in doubt when it dies.
 - A request that was begun is driven to its end, whatever becomes of the connection; only then is
   the space closed.
 
@@ -59,6 +61,7 @@ class _State(Enum):
     """What a connection waits for."""
 
     HEADER = "the next request"
+    REPLIES = "earlier replies to be sent"
     MEMORY = "memory for a body"
     BODY = "the rest of a body"
     SKIP = "the end of a body that nobody wants"
@@ -189,6 +192,9 @@ class Connection:
         elif self._verdict is not None:
             self._state = _State.SKIP
             self._need = frame.body_bytes
+        elif self._out and self.session.waits(frame):
+            self._state = _State.REPLIES
+            self._read(False)
         else:
             self._find_memory(frame)
 
@@ -349,6 +355,10 @@ class Connection:
             return
         if not self._out and self._state is _State.OVER:
             self._lost()
+        elif not self._out and self._state is _State.REPLIES:
+            self._read(True)
+            self._find_memory(self._frame)
+            self._hub.loop.call_soon(self._turn)
         elif before > HIGH_WATER >= self._unsent:
             self._next()
 

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswapd import __version__, journal, status
+from vswapd.beside import beside
 from vswapd.config import Config, ConfigError
 from vswapd.errors import EngineError
 from vswapd.host import Host
@@ -266,18 +267,6 @@ def cannot_lock(error: OSError) -> str:
         f"pool.lock_memory: {error.strerror or error}; RLIMIT_MEMLOCK is {most}: raise it "
         "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory to false"
     )
-
-
-def beside(made: contextlib.AsyncExitStack, work: Any) -> None:
-    """Have a coroutine run beside all else until the end."""
-    task = asyncio.get_running_loop().create_task(work)
-
-    async def end() -> None:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    made.push_async_callback(end)
 
 
 def _raise_descriptors(connections: int) -> None:

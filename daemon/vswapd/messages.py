@@ -42,7 +42,7 @@ class Adopt:
 
 @dataclass(frozen=True, slots=True)
 class Attach:
-    """Put a device into use; with it come its descriptor and that of its chunks' owners."""
+    """Put a device into use, if it is not; with it come its descriptor and its chunks' owners'."""
 
     entry: Device
     extents: int
@@ -70,6 +70,11 @@ class Operate:
 @dataclass(frozen=True, slots=True)
 class AskStatus:
     """Answer with the status document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The shard has started, and serves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import os
 import secrets
@@ -27,6 +26,7 @@ from vswapd.errors import OutOfServiceError
 from vswapd.front import Front, ServiceError, Tally, cannot_lock, open_sockets
 from vswapd.host import Host
 from vswapd.ledger import shared_region
+from vswapd.memory import ShardMemory
 from vswapd.messages import Attach
 from vswapd.notify import ServiceManager
 from vswapd.shard import Shard
@@ -34,6 +34,7 @@ from vswapd.shard_process import Birth
 from vswapd.sizes import human_size
 from vswapd.steering import Opened, Reloaded
 from vswapd.supervisor import Child, Supervisor, fork_shards
+from vswapd.vswap import shape_for
 from vswapd.watchdog import Watchdog
 from vswapd_blockdev import opening
 from vswapd_blockdev.opening import open_swap_device
@@ -160,18 +161,25 @@ class _Locked:
         os.close(self._opened.fd)
 
 
-def _adopt_device(attach: Attach, fd: int) -> Opened:
-    """A shard's own device on a descriptor that it was given, with a key of its own."""
+def _adopt_device(attach: Attach, fd: int, key: bytes | None) -> Opened:
+    """A shard's own device on a descriptor that it was given, with a key of its own.
+
+    Args:
+        attach: the device.
+        fd: owned from now on.
+        key: what an earlier process of the shard has encrypted with; None: a new one is made.
+    """
     entry = attach.entry
     opened = opening.Opened(
         fd=fd, extents=attach.extents, direct=attach.direct, block_device=attach.block_device
     )
-    return _sealed(entry, SwapFile(entry.path, opened), attach.boot_id)
+    return _sealed(entry, SwapFile(entry.path, opened), attach.boot_id, key)
 
 
-def _sealed(entry: Device, file: SwapFile, boot_id: bytes) -> Opened:
-    """A device as the engine has it, with a new key if it is to be encrypted."""
-    key = new_key() if entry.encrypt else b""
+def _sealed(entry: Device, file: SwapFile, boot_id: bytes, key: bytes | None = None) -> Opened:
+    """A device as the engine has it, with a new key if it is to be encrypted and has none."""
+    if key is None:
+        key = new_key() if entry.encrypt else b""
     device = SealedDevice(file, key) if entry.encrypt else file
     return Opened(device, file.discards, Origin(boot_id=boot_id, key=key))
 
@@ -186,33 +194,34 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
     config.settings(host)  # what is wrong with it is found before anything is made
     shards = config.shards(host)
     sockets = open_sockets(config, host, manager)
-    birth: Birth | None = None
+    births: list[Birth] = []
     children: list[Child] = []
     if shards > 1:
-        birth = Birth(
-            index=-1,
-            ledger=shared_region(shards),
-            config=config,
-            host=host,
-            source=source,
-            overrides=overrides,
-            watchdog_s=manager.watchdog_s,
-            adopt_device=_adopt_device,
-        )
-        parent = birth
-        children = fork_shards(
-            shards,
-            lambda index: dataclasses.replace(parent, index=index),
-            [sock.fileno() for sock in sockets.listeners],
-        )
+        ledger = shared_region(shards)
+        settings = config.settings(host).of_one(shards)
+        births = [
+            Birth(
+                index=index,
+                ledger=ledger,
+                config=config,
+                host=host,
+                source=source,
+                overrides=overrides,
+                watchdog_s=manager.watchdog_s,
+                adopt_device=_adopt_device,
+                memory=ShardMemory.create(shape_for(settings, index)),
+            )
+            for index in range(shards)
+        ]
+        children = fork_shards(births, [sock.fileno() for sock in sockets.listeners])
 
     async def main() -> None:
         front = Front(config, sockets, manager)
-        if birth is None:
-            front.body = OneShard(front, config, host, source, overrides)
-        else:
+        if births:
             boot_id = secrets.token_bytes(16)
-            front.body = Supervisor(front, birth, children, lambda entry: _Locked(entry, boot_id))
+            front.body = Supervisor(front, births, children, lambda entry: _Locked(entry, boot_id))
+        else:
+            front.body = OneShard(front, config, host, source, overrides)
         await front.run()
 
     try:

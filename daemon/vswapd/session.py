@@ -41,6 +41,7 @@ from vswap.protocol import (
     pack_header,
     request_body_bytes,
 )
+from vswapd.answers import Answer
 from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError
 from vswapd.groups import Space
@@ -136,7 +137,11 @@ class Context:
     compressor: Compressor
     steering: Steering
     limits: Limits
+    resumable: bool = False
+    """Whether spaces are there again after this process has died."""
 
+
+_CHANGES: Final = frozenset({int(Op.STORE), int(Op.FREE)})
 
 Handler = Callable[["Session", Header, memoryview], Task[Reply]]
 
@@ -198,6 +203,13 @@ class Session:
             return failure(header, Status.NOT_ALLOWED, text)
         return None
 
+    def waits(self, header: Header) -> bool:
+        """Whether a request may only be begun when all earlier ones have their replies.
+
+        Of those that change anything, at most one is to be in doubt if this process dies.
+        """
+        return self._context.resumable and header.op in _CHANGES
+
     def execute(self, header: Header, body: memoryview) -> Task[Reply]:
         """Carry out a request that was admitted; `body` must stay as it is until the end."""
         try:
@@ -223,20 +235,28 @@ class Session:
         name = _name(said.get("client")) or self.peer.name
         limits, token = self._context.limits, None
         ledger = self._context.engine.core.ledger
+        last: Answer | None = None
         if not header.flags & Flag.CONTROL:
             token = _token(said.get("token"))
             self.joined = token is not None
+            resumes = token is not None and said.get("resume") is True
             token = token or secrets.token_hex(16)
             # Another user's space is another one, whatever token they say.
             key = blake2b(f"{self.peer.uid} {token}".encode(), digest_size=16).hexdigest()
-            self.space = self._context.engine.open_space(
-                uid=self.peer.uid,
-                group=str(self.peer.uid),
-                client=name,
-                pid=self.peer.pid,
-                key=key,
-                joined=self.joined,
-            )
+            if resumes:
+                self.space = self._context.engine.reopen_space(key, pid=self.peer.pid)
+                if self.space is None:
+                    return failure(header, Status.SPACE_LOST, "the space is not here any more")
+                last = self._context.engine.last_answer(self.space)
+            else:
+                self.space = self._context.engine.open_space(
+                    uid=self.peer.uid,
+                    group=str(self.peer.uid),
+                    client=name,
+                    pid=self.peer.pid,
+                    key=key,
+                    joined=self.joined,
+                )
             self.window = _window(said.get("window"), limits.max_window)
         self._greeted = True
         answer = {
@@ -251,6 +271,8 @@ class Session:
             "token": token,
             "window": 0 if self.window is None else self.window.size,
             "daemon": f"vswapd {self._context.steering.version}",
+            "resumable": self._context.resumable,
+            "last": None if last is None else _outcome(last),
         }
         reply = success(header, json.dumps(answer).encode())
         if self.window is not None:
@@ -276,6 +298,8 @@ class Session:
             if not header.flags & WINDOW_BIT:
                 pages = body[end:]
         folio = yield from self._context.compressor.prepare(pages)
+        if self._context.resumable:
+            folio.request = header.request_id
         stored = yield from self._context.engine.store(self.space, folio, slots)
         packed = stored.slots.tobytes()
         head = pack_header(
@@ -316,7 +340,8 @@ class Session:
 
     def _free(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
-        yield from self._context.engine.free(self.space, np.frombuffer(body, _SLOTS))
+        request = header.request_id if self._context.resumable else None
+        yield from self._context.engine.free(self.space, np.frombuffer(body, _SLOTS), request)
         return success(header, count=header.count)
 
     def _status(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
@@ -413,6 +438,12 @@ def _window(wish: object, most: int) -> Window | None:
     except OSError as error:
         _LOG.warning("a client gets no window: %s", error.strerror)
         return None
+
+
+def _outcome(last: Answer) -> dict[str, Any]:
+    """A request that was carried out, as HELLO tells of it."""
+    slots = [] if last.freed else last.slots.tolist()
+    return {"request": last.request, "status": int(Status.OK), "flags": 0, "slots": slots}
 
 
 def _token(said: object) -> str | None:

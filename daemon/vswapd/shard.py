@@ -17,19 +17,25 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, session
+from vswapd.beside import beside
 from vswapd.config import Config
 from vswapd.driver import Driver, Pending, T, Task
+from vswapd.groups import Space
 from vswapd.host import Host
 from vswapd.idleness import Busy
 from vswapd.ledger import Ledger
+from vswapd.memory import ShardMemory
 from vswapd.peer import Peer
+from vswapd.recovery import Reopen
 from vswapd.server import Server
 from vswapd.session import Compressor, Context, Limits, Session
+from vswapd.settings import Settings
 from vswapd.shrinker_thread import ShrinkerThread
 from vswapd.steering import OpenDevice, Steering, Surroundings
 from vswapd.vswap import Engine
@@ -54,6 +60,23 @@ def clock() -> float:
 _CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A shard's memory, and how to go on with what is in it."""
+
+    memory: ShardMemory
+    reopen: Reopen | None = None
+    """Opens devices that were in use; None: nothing is kept in the memory yet."""
+
+
+def _engine(settings: Settings, ledger: Ledger, kept: Kept | None) -> Engine:
+    if kept is None:
+        return Engine.create(settings, clock, ledger=ledger)
+    if kept.reopen is None:
+        return Engine.create(settings, clock, ledger=ledger, memory=kept.memory)
+    return Engine.recover(settings, clock, ledger=ledger, memory=kept.memory, reopen=kept.reopen)
+
+
 class Shard:
     """See the module. Made inside a running event loop."""
 
@@ -69,6 +92,7 @@ class Shard:
         ledger: Ledger | None = None,
         operators: session.Steering | None = None,
         on_parted: Callable[[Session], None] | None = None,
+        kept: Kept | None = None,
     ) -> None:
         """Make a shard, and start nothing yet.
 
@@ -82,10 +106,16 @@ class Shard:
             ledger: what it shares limits through; None: it is the only shard.
             operators: who answers STATUS and CONTROL; None: the shard's own steering.
             on_parted: told of each connection that has gone.
+            kept: memory that outlives this process; None: what is stored dies with it.
+
+        Raises:
+            RecoveryError, ArgumentError: what another process has left cannot be gone on with.
         """
         self.ledger: Final = ledger or Ledger()
         settings = config.settings(host).of_one(self.ledger.shards)
-        self.engine: Final = Engine.create(settings, clock, ledger=self.ledger)
+        self._resumable = kept is not None
+        self._resume_timeout = float(config.server.resume_timeout)
+        self.engine: Final = _engine(settings, self.ledger, kept)
         self.driver: Final = Driver()
         self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
         self.engine.on_pressure = self.shrinker.poke
@@ -122,6 +152,7 @@ class Shard:
             compressor=Compressor(self.engine),
             steering=operators,
             limits=limits,
+            resumable=self._resumable,
         )
 
         def new_session(peer: Peer) -> Session:
@@ -144,6 +175,8 @@ class Shard:
         made.callback(self._close_devices)
         self.shrinker.start()
         made.push_async_callback(asyncio.to_thread, self.shrinker.stop)
+        if self.engine.orphans():
+            beside(made, self._free_orphans())
 
     def serve(self, made: contextlib.AsyncExitStack) -> None:
         """Connections may come from now on."""
@@ -151,6 +184,25 @@ class Shard:
         gc.collect()
         gc.freeze()
         made.push_async_callback(self.server.stop, _PATIENCE_S)
+
+    async def _free_orphans(self) -> None:
+        """Free the spaces that nobody has come back for in time; ends when there are none."""
+        while True:
+            with self.driver.lock:
+                # One that is named is kept for whoever asks for it.
+                orphans = [space for space in self.engine.orphans() if not space.name]
+            if not orphans:
+                return
+            left = orphans[0].since + self._resume_timeout - clock()
+            if left > 0:
+                await asyncio.sleep(left)
+                continue
+            _LOG.info("space %d of %s is freed: nobody came back", orphans[0].id, orphans[0].client)
+            await self.drive(self._close_orphan(orphans[0]))
+
+    def _close_orphan(self, space: Space) -> Task[None]:
+        if not space.attached:  # nobody has come at the last moment
+            yield from self.engine.close_space(space)
 
     def _close_devices(self) -> None:
         for opened in self.steering.devices.values():

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from vswapd import __version__, journal, status
+from vswapd.beside import beside
 from vswapd.channel import Channel
 from vswapd.config import Config
 from vswapd.config_schema import Device
+from vswapd.control import KeptDevice
 from vswapd.driver import Elsewhere, Task
 from vswapd.errors import OutOfServiceError
-from vswapd.front import ServiceError, beside, cannot_lock
+from vswapd.front import ServiceError, cannot_lock
 from vswapd.host import Host
 from vswapd.ledger import Column, Ledger
+from vswapd.memory import ShardMemory
 from vswapd.messages import (
     Adopt,
     AskStatus,
@@ -37,18 +40,22 @@ from vswapd.messages import (
     Hungry,
     Operate,
     Parted,
+    Ready,
     Serve,
     ShardState,
     Stop,
     Tell,
 )
+from vswapd.recovery import RecoveryError
 from vswapd.session import Session
-from vswapd.shard import Shard, clock
+from vswapd.shard import Kept, Shard, clock
 from vswapd.steering import Opened
 from vswapd.watchdog import Watchdog
 from vswapd_backends.label import ForeignMemoryError
 from vswapd_backends.shared import SharedRegion
 from vswapd_backends.shared_extents import SharedExtents, adopt_owners_region
+from vswapd_blockdev.device import BlockDevice
+from vswapd_blockdev.extents import ExtentMap
 
 _LOG: Final = logging.getLogger(__name__)
 _HUNGRY_S: Final = 0.1
@@ -66,8 +73,23 @@ class Birth:
     source: Path | None
     overrides: tuple[str, ...]
     watchdog_s: float | None
-    adopt_device: Callable[[Attach, int], Opened]
-    """Makes a device of a descriptor."""
+    adopt_device: Callable[[Attach, int, bytes | None], Opened]
+    """Makes a device of a descriptor, with a key; None: with a new one."""
+    memory: ShardMemory
+    """What outlives the process. The supervisor has it, too."""
+    revived: bool = False
+    """Whether an earlier process has left something in it."""
+    devices: tuple[InUse, ...] = ()
+    """Those in use, for a process that comes after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class InUse:
+    """A device as a new process inherits it from the supervisor."""
+
+    attach: Attach
+    fd: int
+    owners_fd: int
 
 
 class _Operators:
@@ -112,6 +134,7 @@ class ShardProcess:
         self._stopping = asyncio.Event()
         self._ready = asyncio.Event()
         self._hungry_at = 0.0
+        self._reopened: dict[str, Opened] = {}
         self._channel = Channel(sock, self._handle, self._stopping.set)
         self._shard = Shard(
             config=birth.config,
@@ -123,7 +146,9 @@ class ShardProcess:
             ledger=Ledger(birth.ledger, birth.index),
             operators=_Operators(self._channel, birth.host),
             on_parted=self._parted,
+            kept=Kept(birth.memory, self._reopen if birth.revived else None),
         )
+        self._shard.steering.devices.update(self._reopened)
         self._shard.engine.on_pressure = self._pressure
 
     async def run(self) -> None:
@@ -147,6 +172,7 @@ class ShardProcess:
                 )
                 beside(made, watchdog.run(self._birth.watchdog_s))
             self._ready.set()
+            self._channel.tell(Ready())
             await self._stopping.wait()
 
     async def _handle(self, message: Any, descriptors: list[int]) -> Any:
@@ -185,18 +211,11 @@ class ShardProcess:
         )
 
     def _attach(self, message: Attach, device_fd: int, owners_fd: int) -> None:
-        ledger = self._shard.ledger
-        try:
-            owners = adopt_owners_region(message.extents, ledger.shards, owners_fd)
-        except ForeignMemoryError:
+        if message.entry.path in self._shard.steering.devices:
+            os.close(device_fd)
             os.close(owners_fd)
-            os.close(device_fd)
-            raise
-        except BaseException:
-            os.close(device_fd)
-            raise
-        opened = self._birth.adopt_device(message, device_fd)
-        extents = SharedExtents(message.extents, owners, ledger.shard, ledger.shards)
+            return
+        opened, extents = self._adopt(message, device_fd, owners_fd, None)
         try:
             with self._shard.driver.lock:
                 self._shard.engine.swapon(
@@ -207,7 +226,37 @@ class ShardProcess:
             raise
         self._shard.steering.devices[message.entry.path] = opened
 
+    def _adopt(
+        self, message: Attach, device_fd: int, owners_fd: int, key: bytes | None
+    ) -> tuple[Opened, SharedExtents]:
+        """A device and this shard's part of it, of descriptors that are owned from now on."""
+        shards = Ledger(self._birth.ledger, self._birth.index).shards
+        try:
+            owners = adopt_owners_region(message.extents, shards, owners_fd)
+        except ForeignMemoryError:
+            os.close(owners_fd)
+            os.close(device_fd)
+            raise
+        except BaseException:
+            os.close(device_fd)
+            raise
+        opened = self._birth.adopt_device(message, device_fd, key)
+        return opened, SharedExtents(message.extents, owners, self._birth.index, shards)
+
+    def _reopen(self, kept: KeptDevice) -> tuple[BlockDevice, ExtentMap | None] | None:
+        """See recovery.Reopen."""
+        for used in self._birth.devices:
+            same = used.attach.boot_id == kept.origin.boot_id
+            if used.attach.entry.path == kept.path and same:
+                opened, extents = self._adopt(
+                    used.attach, os.dup(used.fd), os.dup(used.owners_fd), kept.origin.key
+                )
+                self._reopened[kept.path] = opened
+                return opened.device, extents
+        return None
+
     def _parted(self, session: Session) -> None:
+        # One that was resumed was not counted when it came: it said a token, as those do that join.
         self._channel.tell(Parted(session.joined))
 
     def _pressure(self) -> None:
@@ -244,7 +293,7 @@ def run(birth: Birth, sock: socket.socket) -> int:
 
     try:
         asyncio.run(main())
-    except ServiceError as error:
+    except (ServiceError, RecoveryError) as error:
         _LOG.error("shard %d: %s", birth.index, error)
-        return error.exit_code
+        return ServiceError.exit_code
     return 0

@@ -7,7 +7,8 @@ carried out by every shard, a setting holds in all or in none.
 Invariants:
 - Shards are forked before anything is started: they share what was loaded, and no thread, no lock.
 - A connection goes to the shard that its HELLO asks for, else to the one with the fewest.
-- A shard that ends by itself ends the daemon: its pages are gone, and nobody may think otherwise.
+- A shard whose process dies is started again over the memory that it has left, which the supervisor
+  has, too; one that dies again and again with pauses. Only one that cannot start ends the daemon.
 - A beat is told when every shard has told one since the last.
 
 This module must not know engines, or concrete devices.
@@ -17,16 +18,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import logging
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol
 
 from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
 from vswapd import shard_process, status
@@ -47,13 +50,14 @@ from vswapd.messages import (
     Hungry,
     Operate,
     Parted,
+    Ready,
     Serve,
     ShardState,
     Stop,
     Tell,
 )
 from vswapd.server import refuse
-from vswapd.shard_process import Birth
+from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
 from vswapd.steering import Reloaded, device_of, log_answer, no_such_verb, with_set
@@ -62,9 +66,16 @@ from vswapd_backends.shared_extents import owners_region
 from vswapd_blockdev.device import OpenError
 
 _LOG: Final = logging.getLogger(__name__)
+_ATTEMPTS: Final = 3
+"""How often a shard that dies over a message is asked again."""
 _HELLO_S: Final = 1.0
 """How long the first request of a connection is waited for before it is handed over without."""
 _MOST_HELLO: Final = 4096
+_MOST_DEATHS: Final = 5
+_DEATHS_S: Final = 10.0
+_PAUSE_S: Final = 1.0
+"""A shard that has died more often than so many times in so long is left dead for a moment: what
+kills it may come again at once."""
 _PATIENCE_S: Final = 40.0
 """Seconds that shards are given to end: more than they give their connections."""
 
@@ -95,47 +106,95 @@ class Child:
     sock: socket.socket
     channel: Channel = field(init=False)
     connections: int = 0
+    clients: int = 0
+    """Connections that count as clients."""
+    deaths: list[float] = field(default_factory=list)
+    """When its processes died, as far as it is not long ago."""
     turn: int = 0
     """When it was last given a connection: counted in connections of all."""
     beaten: bool = False
+    ready: bool = False
+    """Whether its process has started."""
+    there: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set while there is a process, and at the very end."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def fork_shards(count: int, birth: Callable[[int], Birth], unwanted: Sequence[int]) -> list[Child]:
+def fork_shards(births: Sequence[Birth], unwanted: Sequence[int]) -> list[Child]:
     """Make the shards' processes. Nothing may have been started in this one yet.
 
     Args:
-        count: how many.
-        birth: what each is made with.
+        births: what each is made with.
         unwanted: descriptors that shards are not to have: the listening sockets.
     """
     gc.collect()
     # No collection shall write to what is shared.
     gc.freeze()
     children: list[Child] = []
-    for index in range(count):
+    for birth in births:
         here, there = socket.socketpair()
         pid = os.fork()
         if pid == 0:
-            code = 70  # EX_SOFTWARE: if what follows fails before it can say how
-            try:
-                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-                    # They are for the supervisor, also where the whole group gets them.
-                    signal.signal(number, signal.SIG_IGN)
-                here.close()
-                for child in children:
-                    child.sock.close()
-                for fd in unwanted:
-                    os.close(fd)
-                code = shard_process.run(birth(index), there)
-            except BaseException:  # noqa: BLE001 - it must not return into the supervisor's code
-                _LOG.exception("shard %d failed by a mistake of ours", index)
-            finally:
-                logging.shutdown()
-                os._exit(code)
+            here.close()
+            for child in children:
+                child.sock.close()
+            for fd in unwanted:
+                os.close(fd)
+            _live(birth, there)
         there.close()
-        children.append(Child(index, pid, here))
+        children.append(Child(birth.index, pid, here))
     return children
+
+
+def fork_again(birth: Birth) -> tuple[int, socket.socket]:
+    """Make a shard's process while this one is at work; returns its id and the channel's socket.
+
+    What this process has under way stays where it is in the child, and is never gone on with: the
+    child lives on top of it. All it has of it is memory; the descriptors are closed.
+    """
+    here, there = socket.socketpair()
+    gc.collect()
+    with warnings.catch_warnings():
+        # Threads that wait for work are left behind, with nothing that they hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        # Nothing of the parent's may be finalized here: its descriptors' numbers are others by now.
+        gc.freeze()
+        signal.set_wakeup_fd(-1)
+        _close_all_but({there.fileno(), *_inherited(birth)})
+        _live(birth, there)
+    there.close()
+    return pid, here
+
+
+def _live(birth: Birth, sock: socket.socket) -> NoReturn:
+    """A shard's whole life, in a process that was just made."""
+    code = 70  # EX_SOFTWARE: if what follows fails before it can say how
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            # They are for the supervisor, also where the whole group gets them.
+            signal.signal(number, signal.SIG_IGN)
+        code = shard_process.run(birth, sock)
+    except BaseException:  # noqa: BLE001 - it must not return into the supervisor's code
+        _LOG.exception("shard %d failed by a mistake of ours", birth.index)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _inherited(birth: Birth) -> set[int]:
+    """The descriptors that a shard's process is to have of its parent's."""
+    devices = [fd for used in birth.devices for fd in (used.fd, used.owners_fd)]
+    return {0, 1, 2, birth.ledger.fd, *birth.memory.fds.values(), *devices}
+
+
+def _close_all_but(wanted: set[int]) -> None:
+    first = 0
+    for fd in [*sorted(wanted), os.sysconf("SC_OPEN_MAX")]:
+        if first < fd:  # an empty range that begins at 0 would be all of them
+            os.closerange(first, fd)
+        first = fd + 1
 
 
 class Supervisor:
@@ -144,13 +203,15 @@ class Supervisor:
     def __init__(
         self,
         front: Front,
-        birth: Birth,
+        births: Sequence[Birth],
         children: list[Child],
         open_device: Callable[[Device], LockedDevice],
     ) -> None:
         self._front = front
-        self._birth = birth
-        self._config = birth.config
+        self._births = births
+        self._birth = births[0]
+        """For what all have in common."""
+        self._config = births[0].config
         self._children = children
         self._open_device = open_device
         self._loop = asyncio.get_running_loop()
@@ -162,6 +223,8 @@ class Supervisor:
         self._told_full = False
         self._turns = 0
         self._stopping = False
+        self._serving = False
+        """Whether all shards have started once."""
         self._all_beaten = asyncio.Event()
         self._waiting: set[asyncio.Task[None]] = set()
 
@@ -170,37 +233,93 @@ class Supervisor:
     async def start(self, made: contextlib.AsyncExitStack) -> None:
         """See front.Body."""
         for child in self._children:
-            child.channel = Channel(child.sock, self._handler(child))
-            pidfd = os.pidfd_open(child.pid)
-            self._loop.add_reader(pidfd, self._died, child, pidfd)
+            self._begin(child)
         made.push_async_callback(self._stop)
         try:
             await self._ask_all(Tell())
         except OutOfServiceError:
             raise ServiceError("a shard cannot start: see above") from None
+        self._serving = True
         for entry in self._config.devices:
             opened = await self._swapon(entry)
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
 
+    def _begin(self, child: Child) -> None:
+        """A process has been made: talk to it, and be told of its end."""
+        child.channel = Channel(child.sock, self._handler(child))
+        child.there.set()
+        pidfd = os.pidfd_open(child.pid)
+        self._loop.add_reader(pidfd, self._died, child, pidfd)
+
     def _died(self, child: Child, pidfd: int) -> None:
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         _, status_word = os.waitpid(child.pid, 0)
+        child.there.clear()
         child.channel.close()
+        if self._stopping or not self._serving:
+            self._gone(child)
+            if not self._stopping:
+                self._front.fail(f"shard {child.index} cannot start")
+            return
+        code = os.waitstatus_to_exitcode(status_word)
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
+        now = self._loop.time()
+        child.deaths = [at for at in child.deaths if now - at < _DEATHS_S] + [now]
+        if not child.ready and code > 0:
+            self._gone(child)
+            self._front.fail(f"shard {child.index} {how} and cannot be started again")
+            return
+        _LOG.error(
+            "shard %d (pid %d) %s: it is started again, with all that it held",
+            child.index,
+            child.pid,
+            how,
+        )
+        self._clients -= child.clients
+        child.connections = child.clients = 0
+        child.beaten = child.ready = False
+        if len(child.deaths) > _MOST_DEATHS:
+            self._later(self._revive_later(child))
+        else:
+            self._revive(child)
+
+    async def _revive_later(self, child: Child) -> None:
+        await asyncio.sleep(_PAUSE_S)
+        if self._stopping:
+            self._gone(child)
+        else:
+            self._revive(child)
+
+    @staticmethod
+    def _gone(child: Child) -> None:
+        """There will be no other process: whoever waits for one is told."""
         child.ended.set()
-        if not self._stopping:
-            code = os.waitstatus_to_exitcode(status_word)
-            how = f"was killed by signal {-code}" if code < 0 else f"ended with {code}"
-            self._front.fail(
-                f"shard {child.index} (pid {child.pid}) {how}: its pages are lost, and the daemon "
-                "ends"
-            )
+        child.there.set()
+
+    def _revive(self, child: Child) -> None:
+        """Start a shard's process again, over the memory that the dead one has left."""
+        devices = []
+        for used in self._devices.values():
+            attach, fd = used.device.attach()
+            devices.append(InUse(attach, fd, used.owners.fd))
+        birth = dataclasses.replace(
+            self._births[child.index],
+            config=self._config,
+            revived=True,
+            devices=tuple(devices),
+        )
+        child.pid, child.sock = fork_again(birth)
+        self._begin(child)
 
     async def _stop(self) -> None:
         self._stopping = True
         for child in self._children:
-            child.channel.tell(Stop())
+            if child.there.is_set():
+                child.channel.tell(Stop())
+            else:
+                self._gone(child)
         try:
             async with asyncio.timeout(_PATIENCE_S):
                 for child in self._children:
@@ -221,34 +340,40 @@ class Supervisor:
                     return await self.operate(request)
                 case AskStatus():
                     return await self.document()
-                case Beat():
-                    child.beaten = True
-                    if all(each.beaten for each in self._children):
-                        self._all_beaten.set()
-                case Parted(joined):
-                    child.connections -= 1
-                    self._clients -= not joined
-                    self._told_full = False
-                case Hungry():
-                    for other in self._children:
-                        if other is not child:
-                            other.channel.tell(Hungry())
                 case _:
-                    raise TypeError(message)
+                    self._hear(child, message)
             return None
 
         return handle
+
+    def _hear(self, child: Child, news: object) -> None:
+        match news:
+            case Ready():
+                child.ready = True
+            case Beat():
+                child.beaten = True
+                if all(each.beaten for each in self._children):
+                    self._all_beaten.set()
+            case Parted(joined):
+                child.connections -= 1
+                child.clients -= not joined
+                self._clients -= not joined
+                self._told_full = False
+            case Hungry():
+                for other in self._children:
+                    if other is not child:
+                        other.channel.tell(Hungry())
+            case _:
+                raise TypeError(news)
 
     async def _ask_all(self, message: object, descriptors: Sequence[int] = ()) -> list[Any]:
         """Every shard's answer, in their order; the first error once all have answered.
 
         Raises:
-            OutOfServiceError: a shard has gone, and the daemon is about to end.
+            OutOfServiceError: a shard has gone for good, and the daemon is about to end.
         """
         answers = await self._ask_each([message] * len(self._children), descriptors)
         for answer in answers:
-            if isinstance(answer, ChannelClosedError):
-                raise OutOfServiceError("a shard has gone") from answer
             if isinstance(answer, BaseException):
                 raise answer
         return answers
@@ -259,11 +384,28 @@ class Supervisor:
         """Every shard's answer or error to a message of its own."""
         return await asyncio.gather(
             *(
-                child.channel.ask(message, descriptors)
+                self._ask(child, message, descriptors)
                 for child, message in zip(self._children, messages, strict=True)
             ),
             return_exceptions=True,
         )
+
+    async def _ask(self, child: Child, message: object, descriptors: Sequence[int] = ()) -> Any:
+        """One shard's answer; of one that dies meanwhile, that of the process after it.
+
+        So no message may do harm when it comes twice.
+
+        Raises:
+            OutOfServiceError: it dies at each attempt, or has gone for good.
+        """
+        for _ in range(_ATTEMPTS):
+            await child.there.wait()
+            try:
+                return await child.channel.ask(message, descriptors)
+            except ChannelClosedError:
+                if child.ended.is_set():
+                    break
+        raise OutOfServiceError(f"shard {child.index} has gone: the journal says why")
 
     async def watch(self, period_s: float, tell: Callable[[], None]) -> None:
         """See front.Body. The period is the shards' business."""
@@ -331,6 +473,7 @@ class Supervisor:
         self._turns += 1
         child.turn = self._turns
         child.connections += 1
+        child.clients += not joins
         self._clients += not joins
         with sock:
             child.channel.tell(Serve(), [sock.fileno()])
@@ -436,13 +579,13 @@ class Supervisor:
                 raise OutOfServiceError(str(error)) from None
             attach, fd = device.attach()
             owners = owners_region(attach.extents, len(self._children))
+            # Known before any shard uses it: one that dies from now on gets it again.
+            self._devices[entry.path] = _InUse(device, owners)
             try:
                 await self._ask_all(attach, [fd, owners.fd])
             except BaseException:
-                await self._ask_each([_swapoff_of(entry.path)] * len(self._children))
-                device.close()
+                await self._take_off(entry.path)
                 raise
-            self._devices[entry.path] = _InUse(device, owners)
         if not attach.direct:
             _LOG.info("%s: no O_DIRECT there, pages also go through the page cache", entry.path)
         states = await self._states()
@@ -456,22 +599,25 @@ class Supervisor:
             if path not in self._devices:
                 known = ", ".join(self._devices) or "none"
                 raise NoSuchDeviceError(f"{path} is not in use; in use: {known}")
-            used = self._devices[path]
-            answers = await self._ask_each([_swapoff_of(path)] * len(self._children))
-            failed = [answer for answer in answers if isinstance(answer, BaseException)]
-            if failed:
-                # What one shard cannot move keeps the device in use: for all, as before.
-                attach, fd = used.device.attach()
-                await asyncio.gather(
-                    *(
-                        child.channel.ask(attach, [fd, used.owners.fd])
-                        for child, answer in zip(self._children, answers, strict=True)
-                        if not isinstance(answer, BaseException)
-                    )
-                )
-                raise failed[0]
-            await asyncio.to_thread(self._devices.pop(path).device.close)
-        return {"path": path, "moved_pages": sum(answer["moved_pages"] for answer in answers)}
+            return {"path": path, "moved_pages": await self._take_off(path)}
+
+    async def _take_off(self, path: str) -> int:
+        """Have no shard use a device any more, and close it; returns the pages moved."""
+        used = self._devices[path]
+        answers = await self._ask_each([_swapoff_of(path)] * len(self._children))
+        # A shard that does not have it may have died when it was done.
+        failed = [
+            answer
+            for answer in answers
+            if isinstance(answer, BaseException) and not isinstance(answer, NoSuchDeviceError)
+        ]
+        if failed:
+            # What one shard cannot move keeps the device in use: for all, as before.
+            attach, fd = used.device.attach()
+            await self._ask_each([attach] * len(self._children), [fd, used.owners.fd])
+            raise failed[0]
+        await asyncio.to_thread(self._devices.pop(path).device.close)
+        return sum(answer["moved_pages"] for answer in answers if isinstance(answer, dict))
 
     async def _writeback(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         nbytes = arguments.size("bytes", least=1)

@@ -536,7 +536,8 @@ class Engine:
             ArgumentError: an unknown codec, a pool larger than the arena, another table size;
                 nothing was changed.
         """
-        if settings.max_slots != self.core.settings.max_slots:
+        shape = shape_for(settings, self.core.ledger.shard)
+        if shape.max_slots != self.core.memory.shape.max_slots:
             raise ArgumentError("table.max_slots cannot be changed while the daemon runs")
         refuse_small_arena(settings, self.core.zswap.arena.region.size)
         zswap = self.core.zswap

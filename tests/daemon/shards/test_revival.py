@@ -1,0 +1,313 @@
+"""A shard that is killed is there again, with all that it held, and its clients notice nothing.
+
+`VSWAPD_KILLS=n` has the loop kill n times (`make torture KILLS=n`); `VSWAPD_SEED` replays one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vswap
+from support.daemon import RunningDaemon, running_daemon
+from support.wire import HELLO, SPACE_LOST, Wire
+from vswap.control import Control
+from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
+from vswapd_backends.base import Places
+
+SHARDS = 3
+KILLS = int(os.environ.get("VSWAPD_KILLS", "12"))
+SEED = int(os.environ.get("VSWAPD_SEED", str(random.SystemRandom().randrange(1 << 30))))
+
+
+@pytest.fixture
+def daemon() -> Iterator[RunningDaemon]:
+    with running_daemon(f"server.shards={SHARDS}", "pool.max=32M") as running:
+        yield running
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(count * 4096)
+
+
+def shards_of(daemon: RunningDaemon) -> list[int]:
+    """The processes of the shards; those that are being started may be missing."""
+    text = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text()
+    return [int(pid) for pid in text.split()]
+
+
+def kill(pid: int) -> None:
+    """Kill a process that is not ours, and wait until it is no more."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            assert poll.poll(30_000)
+        finally:
+            os.close(pidfd)
+
+
+def kill_all(daemon: RunningDaemon) -> None:
+    for pid in shards_of(daemon):
+        kill(pid)
+
+
+def successor(daemon: RunningDaemon, others: set[int]) -> int:
+    """The process that has come in place of one that was killed."""
+    while True:
+        found = set(shards_of(daemon)) - others
+        if found:
+            return found.pop()
+        os.sched_yield()
+
+
+def damage_tables(daemon: RunningDaemon) -> None:
+    """Have the first slots name places that there are not."""
+    count = 4 * CLUSTER_SLOTS
+    places = Places(np.full(count, 1 << 40), np.full(count, 100))
+    words = make_words(Tag.ZSWAP, places)
+    for link in Path(f"/proc/{daemon.pid}/fd").iterdir():
+        if "vswapd-table" in str(link.readlink()):
+            with link.open("r+b") as table:
+                table.write(words.tobytes())
+
+
+def test_pages_outlive_their_shards(daemon: RunningDaemon) -> None:
+    """Of the pool and of zeros, old and overwritten; in the middle of a space's life."""
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        content = noise(900) + bytes(100 * 4096)
+        slots = space.store(content)
+        kill_all(daemon)
+        assert space.load(slots) == content
+        space.store(content[::-1], slots=slots)
+        space.free(slots[500:])
+        kill_all(daemon)
+        assert space.load(slots[:500]) == content[::-1][: 500 * 4096]
+        with pytest.raises(vswap.BadSlot):
+            space.load(slots[600:])
+        with Control(daemon.socket_path) as control:
+            assert control.call("verify")["ok"]
+            assert control.status()["slots"]["allocated"] == 500
+    with vswap.connect(daemon.socket_path) as other:
+        assert other.status()["slots"]["allocated"] == 0
+
+
+def test_pages_on_devices_outlive_their_shards(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The device stays in use, each shard has its part of it again, and swapoff moves all."""
+    path = str(tmp_path / "swap")
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        with Control(daemon.socket_path) as control:
+            control.call("swapon", path=path, size=32 << 20)
+        content = noise(1500)
+        slots = space.store(content)
+        with Control(daemon.socket_path) as control:
+            control.call("writeback", bytes=32 << 20)
+        kill_all(daemon)
+        assert space.load(slots) == content
+        with Control(daemon.socket_path) as control:
+            document = control.status()
+            assert document["devices"][0]["state"] == "on"
+            assert document["slots"]["phys"] > 1000
+            control.call("swapoff", path=path)
+            assert control.status()["devices"] == []
+        assert space.load(slots) == content
+
+
+def test_settings_of_run_time_outlive_their_shards(daemon: RunningDaemon) -> None:
+    """What was set holds in the process that comes after, too."""
+    with Control(daemon.socket_path) as control:
+        control.call("set", key="store.enabled", value="false")
+    kill_all(daemon)
+    with (
+        vswap.connect(daemon.socket_path, timeout=30) as space,
+        pytest.raises(vswap.Rejected) as caught,
+    ):
+        space.store(noise(1))
+    assert caught.value.reason == "disabled"
+
+
+def test_a_client_that_does_not_come_back_is_forgotten() -> None:
+    """After resume_timeout what nobody wants is freed; who comes later is told."""
+    with running_daemon("server.shards=2", "server.resume_timeout=100ms") as daemon:
+        with Wire(daemon.socket_path) as wire:
+            token = wire.hello(shard=0)["token"]
+            assert wire.store(noise(5)).status == 0
+            kill_all(daemon)
+        with vswap.connect(daemon.socket_path, timeout=30) as other:
+            while other.status()["slots"]["allocated"]:
+                other.ping()
+        with Wire(daemon.socket_path) as late:
+            said = f'{{"token": "{token}", "shard": 0, "resume": true}}'.encode()
+            assert late.ask(HELLO, said).status == SPACE_LOST
+
+
+def test_another_users_or_a_made_up_token_resumes_nothing(daemon: RunningDaemon) -> None:
+    """Whoever says a token that opened no space gets none."""
+    with Wire(daemon.socket_path) as wire:
+        said = f'{{"token": "{"0" * 32}", "resume": true}}'.encode()
+        assert wire.ask(HELLO, said).status == SPACE_LOST
+
+
+def test_a_space_that_is_in_use_is_not_taken_over(daemon: RunningDaemon) -> None:
+    """Its token resumes it only after its process has died."""
+    with Wire(daemon.socket_path) as owner, Wire(daemon.socket_path) as thief:
+        token = owner.hello(shard=1)["token"]
+        said = f'{{"token": "{token}", "shard": 1, "resume": true}}'.encode()
+        assert thief.ask(HELLO, said).status == SPACE_LOST
+        owner.assert_in_step()
+
+
+def test_a_shard_may_die_again_and_again(daemon: RunningDaemon) -> None:
+    """It is started each time, with pauses when it happens often."""
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        content = noise(30)
+        slots = space.store(content)
+        survivors = set(shards_of(daemon))
+        unlucky = min(survivors)
+        survivors.discard(unlucky)
+        for _ in range(7):
+            kill(unlucky)
+            unlucky = successor(daemon, survivors | {unlucky})
+        assert space.load(slots) == content
+
+
+def test_a_shard_whose_memory_is_damaged_ends_the_daemon() -> None:
+    """It cannot start again: the daemon says why, and the service manager hears of it."""
+    with running_daemon("server.shards=2", clean_log=False) as daemon:
+        with Wire(daemon.socket_path) as wire:
+            wire.hello(shard=0)
+            assert wire.store(noise(30)).status == 0
+            damage_tables(daemon)
+            kill(shards_of(daemon)[0])
+            daemon.await_exit(expected=71)
+        assert "that were never handed out" in daemon.log
+        assert "cannot be started again" in daemon.log
+
+
+class Worker(threading.Thread):
+    """A client that does this and that, and knows what it should find."""
+
+    def __init__(self, path: Path, seed: int) -> None:
+        super().__init__()
+        self.chooser = random.Random(seed)
+        self.path = path
+        self.done = 0
+        self.stop = False
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            with vswap.connect(self.path, timeout=60) as space:
+                self.work(space)
+        except BaseException as error:  # noqa: BLE001 - told by whoever joins
+            self.error = error
+
+    def page(self) -> bytes:
+        stamp = self.chooser.randbytes(16)
+        kind = self.chooser.random()
+        if kind < 0.1:
+            return bytes(4096)
+        if kind < 0.5:
+            return self.chooser.randbytes(4096)
+        return (stamp * 256)[:4096]
+
+    def work(self, space: vswap.Space) -> None:
+        held: dict[int, bytes | None] = {}
+        while not self.stop:
+            some = self.chooser.sample(list(held), min(len(held), self.chooser.choice([1, 9, 150])))
+            match self.chooser.choice(["new", "new", "over", "load", "load", "free"]):
+                case "new" if len(held) < 1500:
+                    pages = [self.page() for _ in range(self.chooser.choice([1, 9, 150, 400]))]
+                    with contextlib.suppress(vswap.Rejected):
+                        slots = space.store(b"".join(pages)).tolist()
+                        assert not set(slots) & set(held), "a slot was given out twice"
+                        held.update(zip(slots, pages, strict=True))
+                case "over" if some:
+                    pages = [self.page() for _ in some]
+                    try:
+                        space.store(b"".join(pages), slots=some)
+                        held.update(zip(some, pages, strict=True))
+                    except vswap.Rejected as error:
+                        written = dict(zip(some, pages, strict=True))
+                        held.update({slot: written[slot] for slot in error.done.tolist()})
+                        held.update(dict.fromkeys(error.slots.tolist()))
+                case "load" if some:
+                    backed = [slot for slot in some if held[slot] is not None]
+                    if backed:
+                        expected = b"".join(held[slot] or b"" for slot in backed)
+                        assert space.load(backed) == expected
+                case "free" if some:
+                    space.free(some)
+                    for slot in some:
+                        del held[slot]
+            self.done += 1
+        backed = [slot for slot in held if held[slot] is not None]
+        assert space.load(backed) == b"".join(held[slot] or b"" for slot in backed)
+        if held:
+            space.free(list(held))
+
+
+def test_whatever_is_killed_nothing_is_lost(tmp_path: Path) -> None:
+    """Clients, writeback, swapon and swapoff go on while shards are killed at random moments."""
+    print(f"seed {SEED}")
+    chooser = random.Random(SEED)
+    settings = ("pool.max=6M", "pool.dense_age=0s", "shrinker.recompress_cpu=100%")
+    with running_daemon(f"server.shards={SHARDS}", *settings) as daemon:
+        workers = [Worker(daemon.socket_path, SEED + number) for number in range(3)]
+        for worker in workers:
+            worker.start()
+        try:
+            for turn in range(KILLS):
+                verbs(daemon, tmp_path, chooser)
+                marks = [worker.done for worker in workers]
+                alive = chooser.choice(shards_of(daemon))
+                kill(alive)
+                for worker, mark in zip(workers, marks, strict=True):
+                    # Deaths far enough apart that the daemon does not take it for a broken shard.
+                    while worker.is_alive() and worker.done < mark + 40:
+                        worker.join(0.01)
+                if any(worker.error is not None for worker in workers):
+                    print(f"after kill {turn}, of {alive}:", daemon.log, sep="\n")
+                    break
+        finally:
+            for worker in workers:
+                worker.stop = True
+            for worker in workers:
+                worker.join()
+        for worker in workers:
+            if worker.error is not None:
+                raise worker.error
+        with Control(daemon.socket_path) as control:
+            report = control.call("verify")
+            assert report["ok"], report["problems"]
+            while control.status()["slots"]["allocated"]:
+                control.call("compact")
+
+
+def verbs(daemon: RunningDaemon, directory: Path, chooser: random.Random) -> None:
+    """Something that an operator may do; what a death makes impossible is refused."""
+    path = str(directory / f"swap{chooser.randrange(2)}")
+    with Control(daemon.socket_path) as control, contextlib.suppress(vswap.OutOfService):
+        match chooser.choice(["swapon", "swapoff", "writeback", "compact", "tiers"]):
+            case "swapon":
+                control.call("swapon", path=path, size=16 << 20)
+            case "swapoff":
+                control.call("swapoff", path=path)
+            case "writeback":
+                control.call("writeback", bytes=2 << 20)
+            case "compact":
+                control.call("compact")
+            case "tiers":
+                tiers = chooser.choice(["lz4,zstd:1", "lz4", "zstd:1,zstd:3"])
+                control.call("set", key="pool.tiers", value=tiers)

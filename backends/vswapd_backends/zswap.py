@@ -320,11 +320,14 @@ class Zswap:
 
     def give_up(self, places: Places) -> None:
         """Entries that no word names any more: account them, and return segments left empty."""
+        if len(places.length) == 1:
+            self.give_up_one(places.address.item(), places.length.item())
+            return
         segments = places.number
         first, last = segments.item(0), segments.item(-1)
         count = len(segments)
-        length = places.length.item(0) if count == 1 else int(places.length.sum())
-        if count == 1 or (segments == first).all():
+        length = int(places.length.sum())
+        if (segments == first).all():
             # As after writeback, or of pages that were stored together: one segment's entries.
             self._take_off(first, count, length)
         elif ((segments == first) | (segments == last)).all():
@@ -346,6 +349,12 @@ class Zswap:
         lengths = np.bincount(of, places.length, minlength=len(self.pools)).tolist()
         for pool, some, part in zip(self.pools, entries, lengths, strict=True):
             self._account(pool, -some, -int(part))
+
+    def give_up_one(self, address: int, length: int) -> None:
+        """The same for one entry."""
+        segment = address // SEGMENT_BYTES
+        self._take_off(segment, 1, length)
+        self._account(self.pools[self._pool.item(segment)], -1, -length)
 
     def _take_off(self, segment: int, entries: int, length: int) -> None:
         """Entries of one segment have died."""
@@ -418,6 +427,24 @@ class Zswap:
         if corrupt:
             raise CorruptError(corrupt)
         return pages
+
+    def read_one(self, address: int, length: int) -> bytes:
+        """The page of one entry, as `read` returns it.
+
+        Raises:
+            CorruptError: it does not decompress; it stays where it is, and is counted.
+        """
+        begin = address + CHECK_BYTES
+        entry = self.arena.view[begin : begin + length]
+        if length == PAGE_BYTES:
+            return bytes(entry)
+        try:
+            return self.pools[self._pool.item(address // SEGMENT_BYTES)].codec.decompress([entry])[
+                0
+            ]
+        except CorruptError:
+            self.corrupt_entries += 1
+            raise
 
     def entries(self, addresses: I64, lengths: I64) -> list[memoryview]:
         """The compressed bytes of n entries, as views of the arena."""

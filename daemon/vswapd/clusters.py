@@ -106,7 +106,7 @@ class Clusters:
             BadSlotError: ids of another space, a freed cluster, or none at all.
         """
         if len(ids) == 1:
-            return self._resolve_one(owner, ids)
+            return np.array([self.resolve_one(owner, ids)])
         signed = ids.view(np.int64)
         numbers = signed & _NUMBER_MASK
         # What lies beyond the table finds the last key, which fits nobody.
@@ -116,14 +116,14 @@ class Clusters:
             raise bad_slots(ids[~good])
         return numbers
 
-    def _resolve_one(self, owner: int, ids: U64) -> I64:
+    def resolve_one(self, owner: int, ids: U64) -> int:
         """The same for one, in numbers of Python's."""
-        signed = ids.view(np.int64).item(0)
-        number = signed & _NUMBER_MASK
+        signed = ids.view(np.int64).item()
+        number: int = signed & _NUMBER_MASK
         cluster = min(number >> CLUSTER_SHIFT, self.total)
         if self._key.item(cluster) != ((signed & _PREFIX_MASK) | owner):
             raise bad_slots(ids)
-        return np.array([number])
+        return number
 
     def allocate(self, slots: SlotSet, count: int) -> I64:
         """`count` FREE slots for a space, ascending where it can be; their words are still FREE.
@@ -177,8 +177,12 @@ class Clusters:
             )
 
     def release(self, slots: SlotSet, numbers: I64) -> None:
-        """Take back slots whose words have just been made FREE; distinct, shape (n,)."""
-        clusters, counts = np.unique(numbers >> CLUSTER_SHIFT, return_counts=True)
+        """Take back slots whose words have just been made FREE; distinct, shape (n,), n > 0."""
+        of = numbers >> CLUSTER_SHIFT
+        if len(of) == 1 or (of == of[0]).all():
+            self._release_from(slots, of.item(0), len(of))
+            return
+        clusters, counts = np.unique(of, return_counts=True)
         if slots.fresh in clusters:
             slots.fresh = -1
         before = self._used[clusters]
@@ -190,6 +194,18 @@ class Clusters:
             slots.partial[cluster] = None
         if len(empty):
             self._retire_or_reuse(slots, empty)
+
+    def _release_from(self, slots: SlotSet, cluster: int, count: int) -> None:
+        """The same for slots of one cluster, as mostly: a tenth of the time."""
+        if slots.fresh == cluster:
+            slots.fresh = -1
+        before = self._used.item(cluster)
+        self._used[cluster] = before - count
+        slots.slots -= count
+        if before == count:
+            self._retire_or_reuse(slots, np.array([cluster]))
+        elif before == CLUSTER_SLOTS:
+            slots.partial[cluster] = None
 
     def _claim(self, slots: SlotSet, cluster: int, numbers: I64, parts: list[I64]) -> int:
         parts.append(numbers)

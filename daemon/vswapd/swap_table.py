@@ -5,7 +5,8 @@
 `number` is a segment's for ZSWAP and an extent's for PHYS; FREE, UNBACKED and ZERO carry no place.
 Because the offset stands right under the number, `word >> 17` is the entry's address in an arena
 of segments. Helpers come in threes: make a word, ask its tag, take its fields; all of them work on
-whole batches (arrays of shape (n,)).
+whole batches (arrays of shape (n,)). Those for one word (`tag_of`, `length_of`, `address_of`) work
+on numbers of Python's, which for a page alone take a fifth of the time that arrays of one take.
 
 Invariants:
 - A word of 0 is FREE: an untouched table is an empty table, and a punched page of it too.
@@ -36,7 +37,8 @@ CLUSTER_SHIFT: Final = 9
 
 _TAGS_BITS: Final = 0b111
 _TAG_MASK: Final = np.uint64(_TAGS_BITS)
-_REFERENCED: Final = np.uint64(0b1000)
+REFERENCED: Final = 0b1000
+_REFERENCED: Final = np.uint64(REFERENCED)
 _LENGTH_BITS: Final = (1 << 13) - 1
 _LENGTH_MASK: Final = np.uint64(_LENGTH_BITS)
 _LENGTH_SHIFT: Final = np.uint64(LENGTH_SHIFT)
@@ -78,10 +80,23 @@ def tags_of(words: U64) -> I64:
     return (words & _TAG_MASK).view(np.int64)
 
 
+def tag_of(word: int) -> int:
+    """The tag of one word."""
+    return word & _TAGS_BITS
+
+
+def length_of(word: int) -> int:
+    """The compressed length of one word."""
+    return (word >> LENGTH_SHIFT) & _LENGTH_BITS
+
+
+def address_of(word: int) -> int:
+    """Where the entry of one word begins, as `addresses_of`."""
+    return word >> OFFSET_SHIFT
+
+
 def by_tag(words: U64) -> list[tuple[int, U64]]:
     """N words, n > 0, by their tags: mostly they have only one. Their order is kept."""
-    if len(words) == 1:
-        return [(words.item(0) & _TAGS_BITS, words)]
     tags = words & _TAG_MASK
     first = tags.item(0)
     if (tags == tags[0]).all():
@@ -91,9 +106,6 @@ def by_tag(words: U64) -> list[tuple[int, U64]]:
 
 def total_length(words: U64) -> int:
     """Compressed bytes of n ZSWAP or PHYS words together."""
-    if len(words) == 1:
-        length: int = (words.item(0) >> LENGTH_SHIFT) & _LENGTH_BITS
-        return length
     return int(lengths_of(words).sum())
 
 

@@ -72,12 +72,13 @@ def test_slots_are_neighbours_where_they_can_be() -> None:
     assert np.concatenate(numbers).tolist() == list(range(1567))
 
 
-def test_holes_are_filled_before_a_new_cluster_is_opened() -> None:
+@pytest.mark.parametrize("freed", [slice(7, 8), slice(7, 9), slice(0, None, 3)])
+def test_holes_are_filled_before_a_new_cluster_is_opened(freed: slice) -> None:
     """Freed slots of a space's own clusters are given out again, all of them."""
     owners = Owners()
     space = owners.space()
     slots = owners.take(space, 2 * CLUSTER_SLOTS)
-    gone = slots[::3]
+    gone = slots[freed]
     owners.give(space, gone)
     again = owners.take(space, len(gone))
     assert sorted(again.tolist()) == sorted(gone.tolist())
@@ -85,15 +86,16 @@ def test_holes_are_filled_before_a_new_cluster_is_opened() -> None:
     assert not space.partial
 
 
-def test_a_freed_slot_of_the_newest_cluster_is_found() -> None:
+@pytest.mark.parametrize("freed", [[515], [515, 516], [3, 515]])
+def test_a_freed_slot_of_the_newest_cluster_is_found(freed: list[int]) -> None:
     """A cluster is filled from its beginning only as long as nothing in it was freed."""
-    owners = Owners(1)
+    owners = Owners(2)
     space = owners.space()
-    slots = owners.take(space, 10)
-    owners.give(space, slots[2:4])
-    rest = owners.take(space, CLUSTER_SLOTS - 8)
-    assert set(slots[2:4].tolist()) <= set(rest.tolist())
-    assert space.slots == CLUSTER_SLOTS
+    slots = owners.take(space, CLUSTER_SLOTS + 10)
+    owners.give(space, slots[freed])
+    rest = owners.take(space, CLUSTER_SLOTS - 10 + len(freed))
+    assert set(slots[freed].tolist()) <= set(rest.tolist())
+    assert space.slots == 2 * CLUSTER_SLOTS
 
 
 def test_a_cluster_belongs_to_one_space() -> None:
@@ -128,6 +130,7 @@ def test_ids_that_were_never_given_out_are_refused(wrong: int) -> None:
     space = owners.space()
     good = owners.take(space, 3)
     assert good.tolist() == [GENERATION, GENERATION | 1, GENERATION | 2]
+    assert owners.refused(space, ids(wrong)) == [wrong]
     for at in range(4):
         asked = np.insert(good, at, np.uint64(wrong))
         assert owners.refused(space, asked) == [wrong]

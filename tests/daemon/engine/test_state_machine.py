@@ -66,12 +66,15 @@ PROFILE: Final = settings(
     suppress_health_check=list(HealthCheck),
 )
 SEEDS: Final = st.integers(0, 1 << 20)
-FOLIOS: Final = st.lists(
-    st.tuples(
-        st.sampled_from(KINDS), st.one_of(st.integers(1, 12), st.integers(1, 12), st.just(150))
+FOLIOS: Final = st.one_of(
+    st.lists(
+        st.tuples(
+            st.sampled_from(KINDS), st.one_of(st.integers(1, 12), st.integers(1, 12), st.just(150))
+        ),
+        min_size=1,
+        max_size=4,
     ),
-    min_size=1,
-    max_size=4,
+    st.sampled_from(KINDS).map(lambda kind: [(kind, 1)]),
 )
 SIZES: Final = st.sampled_from([0, 64 * KIB, 300 * KIB, 700 * KIB, MIB, 2 * MIB])
 LIMITS: Final = st.sampled_from([None, None, 0, 20 * KIB, 200 * KIB, 800 * KIB])
@@ -139,7 +142,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Distinct slots of a space, in any order; perhaps none."""
         slots = sorted(self.model[space.id])
         chooser = random.Random(seed)
-        count = min(len(slots), chooser.choice([1, 3, 10, most, most, 10 * most]))
+        count = min(len(slots), chooser.choice([1, 1, 3, 10, most, most, 10 * most]))
         if chooser.random() < 0.5 and slots:
             first = chooser.randrange(len(slots) - count + 1)
             return ids(*slots[first : first + count])
@@ -275,9 +278,12 @@ class EngineMachine(RuleBasedStateMachine):
         self._forget({slot: self.model[space.id].pop(slot) for slot in slots.tolist()})
 
     @rule(
-        seed=SEEDS, at=st.sampled_from([0, 1, -1]), verb=st.sampled_from(["store", "load", "free"])
+        seed=SEEDS,
+        at=st.sampled_from([0, 1, -1]),
+        verb=st.sampled_from(["store", "load", "free"]),
+        alone=st.booleans(),
     )
-    def bad_slot(self, seed: int, at: int, verb: str) -> None:
+    def bad_slot(self, seed: int, at: int, verb: str, *, alone: bool) -> None:
         """A freed, stale, foreign or made-up slot anywhere in a request: nothing changes."""
         space = self._space(seed)
         foreign = [s for i, held in self.model.items() if i != space.id for s in list(held)[:3]]
@@ -286,6 +292,8 @@ class EngineMachine(RuleBasedStateMachine):
         wrong = bad[seed % len(bad)]
         if wrong in self.model[space.id]:
             return
+        if alone:
+            slots.clear()
         slots.insert(at % (len(slots) + 1), wrong)
         self._expect(BadSlotError, space, slots, verb, named=[wrong])
 

@@ -260,6 +260,12 @@ class Overwrite(SlotsCall):
             body, flags = [self.packed(where), *self._source.cut(where)], Flag.SLOTS
         return Frame(Op.STORE, body, [echo], where, count=count, flags=flags)
 
+    def again(self, frame: Frame, shard: int) -> Frame | None:
+        """Also after an error: whoever is told of it is to know what became of each slot."""
+        if self.abandoned:
+            return None
+        return self.frame(frame.where, frame.count, shard)
+
     def result(self) -> U64:
         """The slots, as given."""
         self.finish()

@@ -50,6 +50,11 @@ check: $(VENV)/stamp ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+KILLS ?= 1000
+.PHONY: torture
+torture: $(VENV)/stamp ## kill the daemon KILLS= times in the middle of everything (SEED= does it again)
+	VSWAPD_KILLS=$(KILLS) $(if $(SEED),VSWAPD_SEED=$(SEED)) $(BIN)/python -m pytest -s tests/torture
+
 .PHONY: bench
 bench: $(VENV)/stamp ## run the benchmarks, each beside its target
 	$(BIN)/python -m bench

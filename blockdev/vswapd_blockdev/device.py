@@ -45,6 +45,10 @@ class OpenError(DeviceError):
     """swapon refused: missing, a directory, too small, in use, disk full, not permitted."""
 
 
+class LockedError(OpenError):
+    """swapon refused: another process has the device in use."""
+
+
 class ReadError(DeviceError):
     """The bytes of a read could not be had."""
 

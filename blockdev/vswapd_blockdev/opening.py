@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vswapd_blockdev.buffers import aligned
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, OpenError
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, LockedError, OpenError
 from vswapd_blockdev.header import (
     BOOT_ID_BYTES,
     DATA_OFFSET,
@@ -190,7 +190,7 @@ def _lock(path: str, fd: int) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise OpenError(path, "is in use: another vswapd has locked it, or this one") from None
+        raise LockedError(path, "is in use: another vswapd has locked it, or this one") from None
 
 
 def _refuse_shared(path: str, fd: int, status: os.stat_result) -> None:

@@ -32,6 +32,7 @@ from vswap.errors import (
 )
 from vswap.greeting import (
     COMING_BACK,
+    DYING_S,
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
     check_patience,
@@ -64,9 +65,12 @@ async def open_connection(
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is no connection.
     """
     check_patience(patience_s)
-    call = hello(client, window_bytes=window_bytes)
-    home, peer, found, window = await _greet(path, silence_s, call)
-    door = _Door(found, silence_s, client, peer.token, home.shard, window, patience_s)
+
+    def call() -> Ask:
+        return hello(client, window_bytes=window_bytes)
+
+    home, peer, found, window = await _greet_first(path, silence_s, call, patience_s)
+    door = _Door(found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept)
     resume = door.resume if peer.resumable and patience_s else None
     connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume)
     return connection, peer, window
@@ -84,6 +88,8 @@ class _Door:
     """The shard whose window it is."""
     window: Window | None
     patience_s: float
+    kept: bool
+    """Whether a daemon that stops will know the space when it is back."""
 
     async def open_lane(self, shard: int) -> AsyncLane:
         """A lane to another shard. Raises: as `open_connection`."""
@@ -102,6 +108,8 @@ class _Door:
             SpaceLost: it is back, and the space is not.
             ConnectionLost: it did not come back.
         """
+        if isinstance(why, Stopping) and not self.kept:
+            raise why
         loop = asyncio.get_running_loop()
         end = loop.time() + self.patience_s
         pause = FIRST_PAUSE_S
@@ -138,6 +146,24 @@ class _Door:
             os.close(descriptor)
         lane.conversation.window = there.window
         return there
+
+
+async def _greet_first(
+    path: str | os.PathLike[str] | None,
+    silence_s: float | None,
+    call: Callable[[], Ask],
+    patience_s: float,
+) -> tuple[AsyncLane, Peer, Path, Window | None]:
+    """As `_greet`; a daemon whose shard dies with the connection is asked once more."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + min(patience_s, DYING_S)
+    while True:
+        try:
+            return await _greet(path, silence_s, call())
+        except Broken:
+            if loop.time() > end:
+                raise
+        await asyncio.sleep(FIRST_PAUSE_S)
 
 
 async def _greet(

@@ -29,6 +29,7 @@ from vswap.peer import Peer, hello, parse_hello
 from vswap.window import Window, window_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from vswap.planner import Ask
@@ -40,6 +41,8 @@ COMING_BACK: Final = (Broken, NoDaemon, Stopping, ConnectionRefused)
 """What a daemon that is about to come back may say, or not say."""
 FIRST_PAUSE_S: Final = 0.01
 LONGEST_PAUSE_S: Final = 0.25
+DYING_S: Final = 2.0
+"""How long a new connection that breaks is made again: a shard of the daemon may just be dying."""
 
 
 def greet(
@@ -59,9 +62,12 @@ def greet(
     """
     check_patience(patience)
     client = client_name(name)
-    call = hello(client, control=control, window_bytes=window)
-    home, peer, found, shared = _lane(path, timeout, call)
-    door = _Door(found, timeout, client, peer.token, home.shard, shared, patience)
+
+    def call() -> Ask:
+        return hello(client, control=control, window_bytes=window)
+
+    home, peer, found, shared = _first_lane(path, timeout, call, patience)
+    door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept)
     resume = door.resume if peer.resumable and not control and patience else None
     return Connection(home, peer.shards, timeout, door.open_lane, resume), peer, shared
 
@@ -78,6 +84,8 @@ class _Door:
     """The shard whose window it is."""
     window: Window | None
     patience: float
+    kept: bool
+    """Whether a daemon that stops will know the space when it is back."""
 
     def open_lane(self, shard: int) -> Lane:
         """A lane to another shard. Raises: as `greet`."""
@@ -96,6 +104,8 @@ class _Door:
             SpaceLost: it is back, and the space is not.
             ConnectionLost: it did not come back.
         """
+        if isinstance(why, Stopping) and not self.kept:
+            raise why
         end = time.monotonic() + self.patience
         pause = FIRST_PAUSE_S
         while True:
@@ -127,6 +137,23 @@ class _Door:
                 os.close(descriptor)
         lane.conversation.window = there.window
         lane.conversation.resume(there.last)
+
+
+def _first_lane(
+    path: str | os.PathLike[str] | None,
+    timeout: float | None,
+    call: Callable[[], Ask],
+    patience: float,
+) -> tuple[Lane, Peer, Path, Window | None]:
+    """As `_lane`; a daemon whose shard dies with the connection is asked once more."""
+    end = time.monotonic() + min(patience, DYING_S)
+    while True:
+        try:
+            return _lane(path, timeout, call())
+        except Broken:
+            if time.monotonic() > end:
+                raise
+        time.sleep(FIRST_PAUSE_S)
 
 
 def _lane(

@@ -72,7 +72,9 @@ class Peer:
     window_bytes: int
     """Memory that the connection shares with the daemon; 0: none."""
     resumable: bool = False
-    """Whether the space is there again after the daemon has died and come back."""
+    """Whether the space is there again after the shard has died and come back."""
+    kept: bool = False
+    """Whether it is also after the whole daemon has stopped, or died, and come back."""
     last: Outcome | None = None
     """The last request of the connection before this one that changed anything."""
 
@@ -161,6 +163,7 @@ def parse_hello(text: bytes) -> Peer:
         shard=_count(document, "shard"),
         window_bytes=_count(document, "window"),
         resumable=document.get("resumable") is True,
+        kept=document.get("kept") is True,
         last=_outcome(document.get("last")),
     )
     if peer.shard >= peer.shards:

@@ -149,6 +149,11 @@ class Front:
             if self._stopping.is_set():
                 return
             self._serving = True
+            if not self._manager.keeps:
+                _LOG.info(
+                    "no service manager keeps the memory: a kill or stop of %d loses all pages",
+                    os.getpid(),
+                )
             self._manager.tell(READY="1", STATUS=await self._headline())
             _LOG.info("vswapd %s serves %s", __version__, self._sockets.where)
             await self._stopping.wait()

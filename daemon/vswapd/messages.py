@@ -38,6 +38,8 @@ class Adopt:
     """Put this configuration into force."""
 
     config: Config
+    run_time: Mapping[str, str]
+    """What of it was set at run time, by key."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
-"""The service manager's side of a daemon: sockets handed over, and news told (sd_notify).
+"""The service manager's side of a daemon: descriptors handed over, and news told (sd_notify).
 
 Invariants:
 - Without a service manager every call does nothing.
-- News that cannot be delivered are dropped, as sd_notify(3) wants it: the daemon's work does not
-  depend on who listens.
+- What is to be kept is delivered, or there is an error. Other news that cannot be delivered are
+  dropped, as sd_notify(3) wants it: the daemon's work does not depend on who listens.
 - What concerns this process alone is taken out of the environment: children do not inherit it.
 
 This module must not know what the daemon does.
@@ -11,6 +11,7 @@ This module must not know what the daemon does.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import os
 import socket
@@ -20,6 +21,10 @@ from typing import Final
 
 _FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
+_KEPT: Final = "kept-"
+"""How the names of descriptors begin that an earlier process had kept, and no socket's."""
+_KEEP_S: Final = 10.0
+"""How long the manager may take to read what it is to keep."""
 
 
 class ServiceManager:
@@ -31,7 +36,12 @@ class ServiceManager:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self.watchdog_s: Final = _watchdog(environment)
         """Seconds after which the manager kills a daemon that it has not heard of; None: never."""
-        self._descriptors = _inherited(environment)
+        inherited = _inherited(environment)
+        self._kept = {n.removeprefix(_KEPT): fd for n, fd in inherited if n.startswith(_KEPT)}
+        self._sockets = [fd for name, fd in inherited if not name.startswith(_KEPT)]
+        store = environment.pop("FDSTORE", "")
+        self.keeps: Final = bool(self._address) and store.isdecimal() and int(store) > 0
+        """Whether it keeps descriptors; see FileDescriptorStoreMax= of systemd.service(5)."""
 
     def tell(self, **news: str) -> None:
         """Send assignments such as READY="1", STATUS="..."; no value may have a second line."""
@@ -57,13 +67,35 @@ class ServiceManager:
         Raises:
             ValueError: something else was passed.
         """
-        descriptors, self._descriptors = self._descriptors, []
+        descriptors, self._sockets = self._sockets, []
         for fd in descriptors:
             if not _listens(fd):
                 for each in descriptors:
                     os.close(each)
                 raise ValueError(f"descriptor {fd} is no listening Unix stream socket")
         return [socket.socket(fileno=fd) for fd in descriptors]
+
+    def take_kept(self) -> dict[str, int]:
+        """Descriptors by name, of an earlier process; each is handed out once."""
+        kept, self._kept = self._kept, {}
+        return kept
+
+    def keep(self, name: str, fd: int) -> None:
+        """Have a copy of a descriptor kept for the next process of this service.
+
+        Raises:
+            OSError: the manager does not take it.
+        """
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(_KEEP_S)
+            sender.connect(self._address)
+            sender.sendmsg([f"FDSTORE=1\nFDNAME={_KEPT}{name}".encode()], rights)
+
+    def let_go(self, name: str) -> None:
+        """What has this name is to be kept no more."""
+        if self.keeps:
+            self.tell(FDSTOREREMOVE="1", FDNAME=_KEPT + name)
 
 
 def _listens(fd: int) -> bool:
@@ -89,12 +121,14 @@ def _watchdog(environment: MutableMapping[str, str]) -> float | None:
     return int(usec) / 1e6
 
 
-def _inherited(environment: MutableMapping[str, str]) -> list[int]:
+def _inherited(environment: MutableMapping[str, str]) -> list[tuple[str, int]]:
+    """What was passed to this process, with the names that it has."""
     pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
-    environment.pop("LISTEN_FDNAMES", None)
+    names = environment.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdecimal():
         return []
     descriptors = list(range(_FIRST_FD, _FIRST_FD + int(count)))
     for fd in descriptors:
         os.set_inheritable(fd, False)
-    return descriptors
+    names += [""] * (len(descriptors) - len(names))
+    return list(zip(names[: len(descriptors)], descriptors, strict=True))

@@ -1,45 +1,46 @@
 """The service: everything wired together, from the configuration to the last close.
 
-This is the one module that names concrete devices, and that knows all the others.
+This module knows all the others.
 
 Invariants:
-- Devices are opened, and locked, by the process that the service manager knows.
+- What an earlier daemon has left is gone on with, or refused and left alone; it is never dropped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
-import os
 import secrets
 import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from vswapd import status
-from vswapd.config import Config
-from vswapd.config_schema import Device
-from vswapd.control import Origin
+from vswapd.config import Config, ConfigError
+from vswapd.config_schema import Shards
+from vswapd.control import Control, KeptDevice
 from vswapd.errors import OutOfServiceError
 from vswapd.front import Front, ServiceError, Tally, cannot_lock, open_sockets
 from vswapd.host import Host
-from vswapd.ledger import shared_region
-from vswapd.memory import ShardMemory
-from vswapd.messages import Attach
+from vswapd.keeping import Keeping, KeepingError, Life, claim
 from vswapd.notify import ServiceManager
-from vswapd.shard import Shard
+from vswapd.recovery import RecoveryError
+from vswapd.shard import Kept, Shard
 from vswapd.shard_process import Birth
 from vswapd.sizes import human_size
-from vswapd.steering import Opened, Reloaded
-from vswapd.supervisor import Child, Supervisor, fork_shards
-from vswapd.vswap import shape_for
+from vswapd.steering import Opened, Reloaded, with_set
+from vswapd.supervisor import Before, Child, Dealt, Supervisor, fork_shards
+from vswapd.swap_devices import Locked, adopt_device, open_alone, reopen_alone
+from vswapd.vswap import run_time_settings, shape_for
 from vswapd.watchdog import Watchdog
-from vswapd_blockdev import opening
-from vswapd_blockdev.opening import open_swap_device
-from vswapd_blockdev.sealed import SealedDevice, new_key
-from vswapd_blockdev.swapfile import SwapFile
+from vswapd_backends.shared_extents import adopt_owners_region
+from vswapd_blockdev.device import OpenError
 
 _LOG: Final = logging.getLogger(__name__)
 __all__ = ["ServiceError", "serve"]
@@ -55,6 +56,7 @@ class OneShard:
         host: Host,
         source: Path | None,
         overrides: tuple[str, ...],
+        life: Life | None,
     ) -> None:
         self._front = front
         self._boot_id = secrets.token_bytes(16)
@@ -64,17 +66,9 @@ class OneShard:
             source=source,
             overrides=overrides,
             surroundings=self,
-            open_device=self._open_device,
+            open_device=lambda entry: open_alone(entry, self._boot_id),
+            kept=None if life is None else _kept(life),
         )
-
-    def _open_device(self, entry: Device) -> Opened:
-        device = SwapFile.open(
-            entry.path,
-            size=None if entry.size is None else int(entry.size),
-            boot_id=self._boot_id,
-            encrypted=entry.encrypt,
-        )
-        return _sealed(entry, device, self._boot_id)
 
     # What the front wants
 
@@ -86,6 +80,8 @@ class OneShard:
             self._lock_memory()
         await shard.start(made)
         for entry in config.devices:
+            if entry.path in shard.steering.devices:
+                continue  # an earlier process has put it into use
             opened = await shard.drive(shard.steering.swapon(entry))
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
@@ -135,53 +131,143 @@ class OneShard:
         self._front.configure(config)
 
 
-class _Locked:
-    """A device that the supervisor keeps open and locked, for its shards to use."""
-
-    def __init__(self, entry: Device, boot_id: bytes) -> None:
-        self._entry = entry
-        self._boot_id = boot_id
-        self._opened = open_swap_device(
-            entry.path,
-            size=None if entry.size is None else int(entry.size),
-            boot_id=boot_id,
-            encrypted=entry.encrypt,
-        )
-
-    def attach(self) -> tuple[Attach, int]:
-        """See supervisor.LockedDevice."""
-        opened = self._opened
-        return (
-            Attach(self._entry, opened.extents, opened.direct, opened.block_device, self._boot_id),
-            opened.fd,
-        )
-
-    def close(self) -> None:
-        """See supervisor.LockedDevice."""
-        os.close(self._opened.fd)
+def _kept(life: Life) -> Kept:
+    """The memory of a daemon that is one shard."""
+    (memory,) = life.memories
+    claim(memory)
+    return Kept(memory, _reopen if life.revived else None, beyond_daemon=True)
 
 
-def _adopt_device(attach: Attach, fd: int, key: bytes | None) -> Opened:
-    """A shard's own device on a descriptor that it was given, with a key of its own.
+def _reopen(kept: KeptDevice) -> tuple[Opened, None] | None:
+    """See shard.Reopen."""
+    try:
+        return reopen_alone(kept), None
+    except OpenError as error:
+        _LOG.error("%s", error)
+        return None
 
-    Args:
-        attach: the device.
-        fd: owned from now on.
-        key: what an earlier process of the shard has encrypted with; None: a new one is made.
+
+def _before(life: Life, keeping: Keeping) -> Before:
+    """What there is of an earlier daemon of several shards, besides their memory."""
+    found: dict[str, Dealt] = {}
+    lost: dict[str, str] = {}
+    shards = len(life.memories)
+    controls = [Control(memory) for memory in life.memories]
+    for kept in [device for control in controls for device in control.devices()]:
+        if kept.path in found:
+            continue
+        try:
+            device = Locked.reopen(kept)
+        except OpenError as error:
+            lost[kept.path] = str(error)
+            continue
+        fd = keeping.take_owners(kept.path)
+        if fd is None:
+            device.close()
+            lost[kept.path] = f"{kept.path}: who has what of it was not kept: its pages are lost"
+            continue
+        found[kept.path] = Dealt(device, adopt_owners_region(kept.extents, shards, fd))
+    for path in lost.keys() - found.keys():
+        _LOG.error("%s", lost[path])
+    return Before(found, frozenset(lost.keys() - found.keys()), run_time_settings(controls[0]))
+
+
+def _life(config: Config, host: Host, keeping: Keeping, *, keeps: bool) -> Life | None:
+    """What this process goes on with, or begins; None: one shard that nobody keeps.
+
+    Raises:
+        KeepingError: it cannot be gone on with, or kept.
     """
-    entry = attach.entry
-    opened = opening.Opened(
-        fd=fd, extents=attach.extents, direct=attach.direct, block_device=attach.block_device
+    found = keeping.found()
+    if found is not None:
+        found.wait_for_the_last()
+        return found
+    shards = config.shards(host)
+    if shards == 1 and not keeps:
+        return None
+    settings = config.settings(host).of_one(shards)
+    life = Life.new([shape_for(settings, index) for index in range(shards)])
+    if keeps:
+        keeping.keep(life)
+    return life
+
+
+def _gone_on_with(config: Config, host: Host, life: Life) -> Config:
+    """A configuration as it holds over memory that is there already, with what was set since."""
+    shards = len(life.memories)
+    wanted = config.shards(host)
+    if wanted != shards:
+        _LOG.warning(
+            "server.shards = %d: what was kept is of %d, which go on; stop the service for good, "
+            "and start it, to have another number",
+            wanted,
+            shards,
+        )
+    config = dataclasses.replace(
+        config,
+        table=msgspec.structs.replace(
+            config.table, max_slots=sum(memory.shape.max_slots for memory in life.memories)
+        ),
+        server=msgspec.structs.replace(config.server, shards=Shards(shards)),
     )
-    return _sealed(entry, SwapFile(entry.path, opened), attach.boot_id, key)
+    for key, value in run_time_settings(Control(life.memories[0])).items():
+        try:
+            changed = with_set(config, key, value)
+            changed.settings(host)
+        except ConfigError as error:
+            _LOG.warning("%s = %s was set at run time, and is left out: %s", key, value, error)
+        else:
+            config = changed
+    return config
 
 
-def _sealed(entry: Device, file: SwapFile, boot_id: bytes, key: bytes | None = None) -> Opened:
-    """A device as the engine has it, with a new key if it is to be encrypted and has none."""
-    if key is None:
-        key = new_key() if entry.encrypt else b""
-    device = SealedDevice(file, key) if entry.encrypt else file
-    return Opened(device, file.discards, Origin(boot_id=boot_id, key=key))
+MakeBody = Callable[[Front], "OneShard | Supervisor"]
+
+
+def _several(
+    config: Config,
+    host: Host,
+    source: Path | None,
+    overrides: tuple[str, ...],
+    life: Life,
+    manager: ServiceManager,
+    keeping: Keeping,
+    unwanted: list[int],
+) -> MakeBody:
+    """Fork the shards of a daemon; what is returned makes their supervisor."""
+    assert life.ledger is not None
+    before = _before(life, keeping) if life.revived else Before()
+    births = [
+        Birth(
+            index=index,
+            ledger=life.ledger,
+            config=config,
+            host=host,
+            source=source,
+            overrides=overrides,
+            watchdog_s=manager.watchdog_s,
+            adopt_device=adopt_device,
+            memory=memory,
+            revived=life.revived,
+            kept=manager.keeps,
+            devices=tuple(used.in_use() for used in before.devices.values()),
+        )
+        for index, memory in enumerate(life.memories)
+    ]
+    children: list[Child] = fork_shards(births, unwanted)
+    boot_id = secrets.token_bytes(16)
+
+    def make(front: Front) -> Supervisor:
+        return Supervisor(
+            front,
+            births,
+            children,
+            partial(Locked.open, boot_id=boot_id),
+            keeping if manager.keeps else None,
+            before,
+        )
+
+    return make
 
 
 def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
@@ -192,36 +278,32 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
     """
     host, manager = Host.here(), ServiceManager()
     config.settings(host)  # what is wrong with it is found before anything is made
-    shards = config.shards(host)
     sockets = open_sockets(config, host, manager)
-    births: list[Birth] = []
-    children: list[Child] = []
-    if shards > 1:
-        ledger = shared_region(shards)
-        settings = config.settings(host).of_one(shards)
-        births = [
-            Birth(
-                index=index,
-                ledger=ledger,
-                config=config,
-                host=host,
-                source=source,
-                overrides=overrides,
-                watchdog_s=manager.watchdog_s,
-                adopt_device=_adopt_device,
-                memory=ShardMemory.create(shape_for(settings, index)),
-            )
-            for index in range(shards)
-        ]
-        children = fork_shards(births, [sock.fileno() for sock in sockets.listeners])
+    with contextlib.ExitStack() as undo:
+        if sockets.own is not None:
+            undo.callback(sockets.own.close)
+        keeping = Keeping(manager)
+        try:
+            life = _life(config, host, keeping, keeps=manager.keeps)
+        except KeepingError as error:
+            raise ServiceError(str(error)) from None
+        if life is not None and life.revived:
+            config = _gone_on_with(config, host, life)
+        make_body: MakeBody = partial(
+            OneShard, config=config, host=host, source=source, overrides=overrides, life=life
+        )
+        if life is not None and len(life.memories) > 1:
+            unwanted = [sock.fileno() for sock in sockets.listeners]
+            make_body = _several(config, host, source, overrides, life, manager, keeping, unwanted)
+        keeping.forget_the_rest()
+        undo.pop_all()
 
     async def main() -> None:
         front = Front(config, sockets, manager)
-        if births:
-            boot_id = secrets.token_bytes(16)
-            front.body = Supervisor(front, births, children, lambda entry: _Locked(entry, boot_id))
-        else:
-            front.body = OneShard(front, config, host, source, overrides)
+        try:
+            front.body = make_body(front)
+        except (KeepingError, RecoveryError) as error:
+            raise ServiceError(str(error)) from None
         await front.run()
 
     try:

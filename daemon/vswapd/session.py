@@ -139,6 +139,8 @@ class Context:
     limits: Limits
     resumable: bool = False
     """Whether spaces are there again after this process has died."""
+    kept: bool = False
+    """Whether they are also after the whole daemon has ended."""
 
 
 _CHANGES: Final = frozenset({int(Op.STORE), int(Op.FREE)})
@@ -272,6 +274,7 @@ class Session:
             "window": 0 if self.window is None else self.window.size,
             "daemon": f"vswapd {self._context.steering.version}",
             "resumable": self._context.resumable,
+            "kept": self._context.kept,
             "last": None if last is None else _outcome(last),
         }
         reply = success(header, json.dumps(answer).encode())

@@ -25,20 +25,23 @@ from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, session
 from vswapd.beside import beside
 from vswapd.config import Config
+from vswapd.control import KeptDevice
 from vswapd.driver import Driver, Pending, T, Task
 from vswapd.groups import Space
 from vswapd.host import Host
 from vswapd.idleness import Busy
 from vswapd.ledger import Ledger
+from vswapd.lost_device import LostDevice
 from vswapd.memory import ShardMemory
 from vswapd.peer import Peer
-from vswapd.recovery import Reopen
 from vswapd.server import Server
 from vswapd.session import Compressor, Context, Limits, Session
 from vswapd.settings import Settings
 from vswapd.shrinker_thread import ShrinkerThread
-from vswapd.steering import OpenDevice, Steering, Surroundings
+from vswapd.steering import OpenDevice, Opened, Steering, Surroundings
 from vswapd.vswap import Engine
+from vswapd_blockdev.device import BlockDevice
+from vswapd_blockdev.extents import ExtentMap
 
 _LOG: Final = logging.getLogger(__name__)
 _PATIENCE_S: Final = 30.0
@@ -60,6 +63,11 @@ def clock() -> float:
 _CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+Reopen = Callable[[KeptDevice], tuple[Opened, ExtentMap | None] | None]
+"""Opens a device again, and says which of its extents are this shard's (None: all). Returns None
+where it cannot be had."""
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """A shard's memory, and how to go on with what is in it."""
@@ -67,14 +75,33 @@ class Kept:
     memory: ShardMemory
     reopen: Reopen | None = None
     """Opens devices that were in use; None: nothing is kept in the memory yet."""
+    beyond_daemon: bool = False
+    """Whether it is there for the next daemon, too."""
 
 
-def _engine(settings: Settings, ledger: Ledger, kept: Kept | None) -> Engine:
+def _engine(
+    settings: Settings, ledger: Ledger, kept: Kept | None
+) -> tuple[Engine, dict[str, Opened]]:
+    """An engine, and the devices that it has in use already, by path."""
     if kept is None:
-        return Engine.create(settings, clock, ledger=ledger)
-    if kept.reopen is None:
-        return Engine.create(settings, clock, ledger=ledger, memory=kept.memory)
-    return Engine.recover(settings, clock, ledger=ledger, memory=kept.memory, reopen=kept.reopen)
+        return Engine.create(settings, clock, ledger=ledger), {}
+    # A name of its own: what follows must see that it is not None.
+    reopen = kept.reopen
+    if reopen is None:
+        return Engine.create(settings, clock, ledger=ledger, memory=kept.memory), {}
+    devices: dict[str, Opened] = {}
+
+    def open_again(device: KeptDevice) -> tuple[BlockDevice, ExtentMap | None] | None:
+        found = reopen(device)
+        if found is None:
+            devices[device.path] = Opened(LostDevice(device.path, device.extents), discards=False)
+            return None
+        opened, extents = found
+        devices[device.path] = opened
+        return opened.device, extents
+
+    engine = Engine.recover(settings, clock, ledger=ledger, memory=kept.memory, reopen=open_again)
+    return engine, devices
 
 
 class Shard:
@@ -115,7 +142,9 @@ class Shard:
         settings = config.settings(host).of_one(self.ledger.shards)
         self._resumable = kept is not None
         self._resume_timeout = float(config.server.resume_timeout)
-        self.engine: Final = _engine(settings, self.ledger, kept)
+        self._beyond_daemon = kept is not None and kept.beyond_daemon
+        engine, devices = _engine(settings, self.ledger, kept)
+        self.engine: Final = engine
         self.driver: Final = Driver()
         self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
         self.engine.on_pressure = self.shrinker.poke
@@ -130,6 +159,7 @@ class Shard:
             overrides=overrides,
             open_device=open_device,
         )
+        self.steering.devices.update(devices)
         self.server: Final = self._make_server(config, operators or self.steering, on_parted)
 
     def _make_server(
@@ -153,6 +183,7 @@ class Shard:
             steering=operators,
             limits=limits,
             resumable=self._resumable,
+            kept=self._beyond_daemon,
         )
 
         def new_session(peer: Peer) -> Session:

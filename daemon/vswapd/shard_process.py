@@ -29,6 +29,7 @@ from vswapd.driver import Elsewhere, Task
 from vswapd.errors import OutOfServiceError
 from vswapd.front import ServiceError, cannot_lock
 from vswapd.host import Host
+from vswapd.keeping import KeepingError, claim
 from vswapd.ledger import Column, Ledger
 from vswapd.memory import ShardMemory
 from vswapd.messages import (
@@ -54,7 +55,6 @@ from vswapd.watchdog import Watchdog
 from vswapd_backends.label import ForeignMemoryError
 from vswapd_backends.shared import SharedRegion
 from vswapd_backends.shared_extents import SharedExtents, adopt_owners_region
-from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 
 _LOG: Final = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ class Birth:
     """What outlives the process. The supervisor has it, too."""
     revived: bool = False
     """Whether an earlier process has left something in it."""
+    kept: bool = False
+    """Whether the memory outlives the supervisor, too."""
     devices: tuple[InUse, ...] = ()
     """Those in use, for a process that comes after another."""
 
@@ -134,7 +136,6 @@ class ShardProcess:
         self._stopping = asyncio.Event()
         self._ready = asyncio.Event()
         self._hungry_at = 0.0
-        self._reopened: dict[str, Opened] = {}
         self._channel = Channel(sock, self._handle, self._stopping.set)
         self._shard = Shard(
             config=birth.config,
@@ -146,9 +147,8 @@ class ShardProcess:
             ledger=Ledger(birth.ledger, birth.index),
             operators=_Operators(self._channel, birth.host),
             on_parted=self._parted,
-            kept=Kept(birth.memory, self._reopen if birth.revived else None),
+            kept=Kept(birth.memory, self._reopen if birth.revived else None, birth.kept),
         )
-        self._shard.steering.devices.update(self._reopened)
         self._shard.engine.on_pressure = self._pressure
 
     async def run(self) -> None:
@@ -185,8 +185,8 @@ class ShardProcess:
                 return self._state()
             case Carry(request):
                 return await shard.drive(shard.steering.answer(request))
-            case Adopt(config):
-                await shard.drive(shard.steering.configure(lambda _: config))
+            case Adopt(config, run_time):
+                await shard.drive(shard.steering.configure(lambda _: config, lambda _: run_time))
             case Attach():
                 self._attach(message, *descriptors)
             case Hungry():
@@ -243,16 +243,14 @@ class ShardProcess:
         opened = self._birth.adopt_device(message, device_fd, key)
         return opened, SharedExtents(message.extents, owners, self._birth.index, shards)
 
-    def _reopen(self, kept: KeptDevice) -> tuple[BlockDevice, ExtentMap | None] | None:
-        """See recovery.Reopen."""
+    def _reopen(self, kept: KeptDevice) -> tuple[Opened, ExtentMap | None] | None:
+        """See shard.Reopen."""
         for used in self._birth.devices:
             same = used.attach.boot_id == kept.origin.boot_id
             if used.attach.entry.path == kept.path and same:
-                opened, extents = self._adopt(
+                return self._adopt(
                     used.attach, os.dup(used.fd), os.dup(used.owners_fd), kept.origin.key
                 )
-                self._reopened[kept.path] = opened
-                return opened.device, extents
         return None
 
     def _parted(self, session: Session) -> None:
@@ -292,8 +290,9 @@ def run(birth: Birth, sock: socket.socket) -> int:
         await ShardProcess(birth, sock).run()
 
     try:
+        claim(birth.memory)
         asyncio.run(main())
-    except (ServiceError, RecoveryError) as error:
+    except (ServiceError, RecoveryError, KeepingError) as error:
         _LOG.error("shard %d: %s", birth.index, error)
         return ServiceError.exit_code
     return 0

@@ -141,6 +141,7 @@ class Steering:
         self._open_device = open_device
         self._configuring = False
         self._settings = engine.core.settings
+        self._run_time = engine.run_time_settings()
         self.devices: Final[dict[str, Opened]] = {}
         """By path: to be closed after swapoff, and at the end."""
 
@@ -180,11 +181,17 @@ class Steering:
 
     # The configuration
 
-    def configure(self, change: Callable[[Config], Config]) -> Task[tuple[Config, Config]]:
+    def configure(
+        self,
+        change: Callable[[Config], Config],
+        set_since: Callable[[Mapping[str, str]], Mapping[str, str]],
+    ) -> Task[tuple[Config, Config]]:
         """Put another configuration into force.
 
         Args:
             change: makes it of the one that holds; called in a worker.
+            set_since: makes what was set at run time, by key, of what was before; it is kept for
+                the process after this one.
 
         Returns:
             The one before, and the one that holds now.
@@ -200,13 +207,16 @@ class Steering:
             new = yield from _worker(lambda: change(old))
             whole = yield from _worker(lambda: new.settings(self._host))
             settings = whole.of_one(self._engine.core.ledger.shards)
+            run_time = dict(set_since(self._run_time))
             self._engine.apply(settings)
             try:
+                self._engine.keep_run_time_settings(run_time)
                 yield from _worker(lambda: self._surroundings.configure(new))
-            except ConfigError:
+            except (ConfigError, ArgumentError):
                 self._engine.apply(self._settings)
+                self._engine.keep_run_time_settings(self._run_time)
                 raise
-            self.config, self._settings = new, settings
+            self.config, self._settings, self._run_time = new, settings, run_time
         finally:
             self._configuring = False
         return old, new
@@ -223,7 +233,7 @@ class Steering:
             read.append(load(self._source, self._overrides))
             return old.reloaded(read[0])
 
-        old, new = yield from self.configure(change)
+        old, new = yield from self.configure(change, lambda _: {})
         return Reloaded.between(old, new, read[0])
 
     def _set(self, arguments: Arguments) -> Task[dict[str, Any]]:
@@ -231,7 +241,9 @@ class Steering:
         arguments.end()
 
         try:
-            old, new = yield from self.configure(lambda old: with_set(old, key, value))
+            old, new = yield from self.configure(
+                lambda old: with_set(old, key, value), lambda before: {**before, key: value}
+            )
         except ConfigError as error:
             raise ArgumentError(str(error)) from None
         # A group's key that nobody had set holds nothing of its own yet.

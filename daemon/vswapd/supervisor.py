@@ -40,6 +40,7 @@ from vswapd.config import Config, ConfigError, load
 from vswapd.config_schema import Device
 from vswapd.errors import ArgumentError, NoSuchDeviceError, OutOfServiceError
 from vswapd.front import Front, ServiceError, Tally
+from vswapd.keeping import Keeping, KeepingError
 from vswapd.merge import merged
 from vswapd.messages import (
     Adopt,
@@ -90,11 +91,28 @@ class LockedDevice(Protocol):
         """Give it up."""
 
 
-class _InUse(NamedTuple):
+class Dealt(NamedTuple):
     """A device, and who has which part of it."""
 
     device: LockedDevice
     owners: SharedRegion
+
+    def in_use(self) -> InUse:
+        """As a shard's process inherits it."""
+        attach, fd = self.device.attach()
+        return InUse(attach, fd, self.owners.fd)
+
+
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What an earlier supervisor has left, besides the shards' memory."""
+
+    devices: Mapping[str, Dealt] = field(default_factory=dict)
+    """Those in use, by path."""
+    lost: frozenset[str] = frozenset()
+    """Those that cannot be opened any more."""
+    run_time: Mapping[str, str] = field(default_factory=dict)
+    """What operators have set, by key."""
 
 
 @dataclass(slots=True)
@@ -206,7 +224,19 @@ class Supervisor:
         births: Sequence[Birth],
         children: list[Child],
         open_device: Callable[[Device], LockedDevice],
+        keeping: Keeping | None,
+        before: Before,
     ) -> None:
+        """Make it over shards that were forked.
+
+        Args:
+            front: what the daemon is to the outside.
+            births: what the shards were made with.
+            children: the shards.
+            open_device: how a device is opened.
+            keeping: who keeps devices' parts for a supervisor after this one; None: nobody.
+            before: what one before this has left.
+        """
         self._front = front
         self._births = births
         self._birth = births[0]
@@ -215,7 +245,10 @@ class Supervisor:
         self._children = children
         self._open_device = open_device
         self._loop = asyncio.get_running_loop()
-        self._devices: dict[str, _InUse] = {}
+        self._keeping = keeping
+        self._devices: dict[str, Dealt] = dict(before.devices)
+        self._lost = set(before.lost)
+        self._run_time = before.run_time
         self._changing = asyncio.Lock()
         """Configurations and devices change one after the other."""
         self._clients = 0
@@ -240,7 +273,13 @@ class Supervisor:
         except OutOfServiceError:
             raise ServiceError("a shard cannot start: see above") from None
         self._serving = True
+        for used in self._devices.values():
+            # A shard may have died before it had used it.
+            attach, fd = used.device.attach()
+            await self._ask_all(attach, [fd, used.owners.fd])
         for entry in self._config.devices:
+            if entry.path in self._devices or entry.path in self._lost:
+                continue
             opened = await self._swapon(entry)
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
@@ -300,15 +339,11 @@ class Supervisor:
 
     def _revive(self, child: Child) -> None:
         """Start a shard's process again, over the memory that the dead one has left."""
-        devices = []
-        for used in self._devices.values():
-            attach, fd = used.device.attach()
-            devices.append(InUse(attach, fd, used.owners.fd))
         birth = dataclasses.replace(
             self._births[child.index],
             config=self._config,
             revived=True,
-            devices=tuple(devices),
+            devices=tuple(used.in_use() for used in self._devices.values()),
         )
         child.pid, child.sock = fork_again(birth)
         self._begin(child)
@@ -469,13 +504,24 @@ class Supervisor:
             child = self._children[wish]
         else:
             # Of those with equally many, the one whose last has been there longest: it may be idle.
-            child = min(self._children, key=lambda each: (each.connections, each.turn))
+            there = [each for each in self._children if each.there.is_set()] or self._children
+            child = min(there, key=lambda each: (each.connections, each.turn))
         self._turns += 1
         child.turn = self._turns
         child.connections += 1
         child.clients += not joins
         self._clients += not joins
+        if child.there.is_set():
+            with sock:
+                child.channel.tell(Serve(), [sock.fileno()])
+        else:
+            self._later(self._hand_over_later(sock, child))
+
+    @staticmethod
+    async def _hand_over_later(sock: socket.socket, child: Child) -> None:
+        """To a shard that is being started again."""
         with sock:
+            await child.there.wait()
             child.channel.tell(Serve(), [sock.fileno()])
 
     # What operators see
@@ -522,17 +568,17 @@ class Supervisor:
         log_answer(verb, answer)
         return answer
 
-    async def _adopt(self, new: Config) -> None:
+    async def _adopt(self, new: Config, run_time: Mapping[str, str]) -> None:
         """Put a configuration into force everywhere, or nowhere. Under `_changing`."""
         old = self._config
         await asyncio.to_thread(self._front.configure, new)
         try:
-            await self._ask_all(Adopt(new))
+            await self._ask_all(Adopt(new, run_time))
         except BaseException:
-            await self._ask_each([Adopt(old)] * len(self._children))
+            await self._ask_each([Adopt(old, self._run_time)] * len(self._children))
             await asyncio.to_thread(self._front.configure, old)
             raise
-        self._config = new
+        self._config, self._run_time = new, run_time
 
     async def reload(self) -> Reloaded:
         """See front.Body."""
@@ -541,7 +587,7 @@ class Supervisor:
             old = self._config
             new = old.reloaded(read)
             new.settings(self._birth.host)
-            await self._adopt(new)
+            await self._adopt(new, {})
             return Reloaded.between(old, new, read)
 
     async def _set(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
@@ -552,7 +598,7 @@ class Supervisor:
             try:
                 new = with_set(old, key, value)
                 new.settings(self._birth.host)
-                await self._adopt(new)
+                await self._adopt(new, {**self._run_time, key: value})
             except ConfigError as error:
                 raise ArgumentError(str(error)) from None
         return {"key": key, "old": old.flat().get(key, ""), "new": new.get(key)}
@@ -571,7 +617,7 @@ class Supervisor:
     async def _swapon(self, entry: Device) -> dict[str, Any]:
         """Open a device and have every shard use its part of it."""
         async with self._changing:
-            if entry.path in self._devices:
+            if entry.path in self._devices or entry.path in self._lost:
                 raise OutOfServiceError(f"{entry.path}: in use already")
             try:
                 device = await asyncio.to_thread(self._open_device, entry)
@@ -580,11 +626,15 @@ class Supervisor:
             attach, fd = device.attach()
             owners = owners_region(attach.extents, len(self._children))
             # Known before any shard uses it: one that dies from now on gets it again.
-            self._devices[entry.path] = _InUse(device, owners)
+            self._devices[entry.path] = Dealt(device, owners)
             try:
+                if self._keeping is not None:
+                    await asyncio.to_thread(self._keeping.keep_owners, entry.path, owners)
                 await self._ask_all(attach, [fd, owners.fd])
-            except BaseException:
+            except BaseException as error:
                 await self._take_off(entry.path)
+                if isinstance(error, KeepingError):
+                    raise OutOfServiceError(str(error)) from None
                 raise
         if not attach.direct:
             _LOG.info("%s: no O_DIRECT there, pages also go through the page cache", entry.path)
@@ -596,14 +646,14 @@ class Supervisor:
         path = arguments.path("path")
         arguments.end()
         async with self._changing:
-            if path not in self._devices:
-                known = ", ".join(self._devices) or "none"
+            if path not in self._devices and path not in self._lost:
+                known = ", ".join([*self._devices, *self._lost]) or "none"
                 raise NoSuchDeviceError(f"{path} is not in use; in use: {known}")
             return {"path": path, "moved_pages": await self._take_off(path)}
 
     async def _take_off(self, path: str) -> int:
         """Have no shard use a device any more, and close it; returns the pages moved."""
-        used = self._devices[path]
+        used = self._devices.get(path)
         answers = await self._ask_each([_swapoff_of(path)] * len(self._children))
         # A shard that does not have it may have died when it was done.
         failed = [
@@ -613,10 +663,16 @@ class Supervisor:
         ]
         if failed:
             # What one shard cannot move keeps the device in use: for all, as before.
-            attach, fd = used.device.attach()
-            await self._ask_each([attach] * len(self._children), [fd, used.owners.fd])
+            if used is not None:
+                attach, fd = used.device.attach()
+                await self._ask_each([attach] * len(self._children), [fd, used.owners.fd])
             raise failed[0]
-        await asyncio.to_thread(self._devices.pop(path).device.close)
+        self._lost.discard(path)
+        if used is not None:
+            del self._devices[path]
+            await asyncio.to_thread(used.device.close)
+            if self._keeping is not None:
+                self._keeping.forget_owners(path)
         return sum(answer["moved_pages"] for answer in answers if isinstance(answer, dict))
 
     async def _writeback(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:

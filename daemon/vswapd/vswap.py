@@ -13,8 +13,9 @@ is not thread-safe; whoever drives it holds one lock per step (see `vswapd_backe
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +27,7 @@ from vswapd import snapshot as snapshots
 from vswapd.answers import Answer
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
-from vswapd.control import KeptDevice, Origin
+from vswapd.control import Control, KeptDevice, Origin
 from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.errors import (
@@ -529,6 +530,18 @@ class Engine:
 
     # Steering
 
+    def keep_run_time_settings(self, settings: Mapping[str, str]) -> None:
+        """Keep what operators have set, by key, for the process after this one.
+
+        Raises:
+            ArgumentError: it is too much; what was kept before still is.
+        """
+        self.core.control.keep_settings(json.dumps(settings))
+
+    def run_time_settings(self) -> dict[str, str]:
+        """What operators have set, in this process or in one before it."""
+        return run_time_settings(self.core.control)
+
     def apply(self, settings: Settings) -> None:
         """Change settings at run time.
 
@@ -648,6 +661,13 @@ class Engine:
             return (yield from operation)
         finally:
             self._nudge()
+
+
+def run_time_settings(control: Control) -> dict[str, str]:
+    """See Engine.run_time_settings."""
+    text = control.settings()
+    found: dict[str, str] = {} if text is None else json.loads(text)
+    return found
 
 
 def shape_for(settings: Settings, shard: int = 0, arena_bytes: int | None = None) -> Shape:

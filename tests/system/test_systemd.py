@@ -5,6 +5,10 @@ Each test brings the service into the state it needs.
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator
+
 import pytest
 
 from support.container import Container, missing
@@ -25,6 +29,23 @@ pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
 # In CI a skip is a failure (see tests/conftest.py), so there it must run.
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
+
+
+@contextlib.contextmanager
+def shards_of_service(machine: Container, shards: int) -> Iterator[None]:
+    """The service started anew, with nothing kept, with so many shards."""
+    configuration = machine.root / "etc/vswapd/vswapd.toml"
+    before = configuration.read_text()
+    try:
+        configuration.write_text(f"[server]\nshards = {shards}\n")
+        machine.run("systemctl", "stop", "vswapd.service")
+        restarted(machine)
+        assert status(machine)["shards"] == shards
+        yield
+    finally:
+        configuration.write_text(before)
+        machine.run("systemctl", "stop", "vswapd.service")
+        restarted(machine)
 
 
 def test_socket_activation(machine: Container) -> None:
@@ -59,21 +80,28 @@ def test_reload(machine: Container) -> None:
     assert show(machine, "ActiveState") == "active"
 
 
-def test_a_wrong_configuration_is_not_tried_again(machine: Container) -> None:
-    """A misspelt key keeps the service from starting, once, and the journal says which it is."""
+def test_a_wrong_configuration_loses_nothing(machine: Container) -> None:
+    """A misspelt key keeps the service from starting; corrected, it goes on with all pages."""
     restarted(machine)
     journal = Journal(machine)
     configuration = machine.root / "etc/vswapd/vswapd.toml"
     before = configuration.read_text()
+    script = (
+        "import subprocess, vswap\n"
+        "space = vswap.connect()\n"
+        "slots = space.store(b'x' * vswap.PAGE_BYTES)\n"
+        "good = open('/etc/vswapd/vswapd.toml').read()\n"
+        "open('/etc/vswapd/vswapd.toml', 'w').write('[pool]\\ntires = [\"zstd:1\"]\\n')\n"
+        "print(subprocess.run(['systemctl', 'restart', 'vswapd.service']).returncode != 0)\n"
+        "open('/etc/vswapd/vswapd.toml', 'w').write(good)\n"
+        "print(bytes(space.load(slots)) == b'x' * vswap.PAGE_BYTES)\n"
+    )
     try:
-        configuration.write_text('[pool]\ntires = ["zstd:1"]\n')
-        assert machine.run("systemctl", "restart", "vswapd.service", check=False).returncode
-        journal.await_line(r"pool\.tiers")
-        assert show(machine, "ExecMainStatus") == "78"
-        assert show(machine, "ActiveState") == "failed"
-        assert show(machine, "NRestarts") == "0"
+        result = client(machine, script, "root")
     finally:
         configuration.write_text(before)
+    assert result.stdout == "True\nTrue\n", result.stderr
+    journal.await_line(r"pool\.tires")
 
 
 def test_ready_is_reported_with_a_status(machine: Container) -> None:
@@ -137,36 +165,71 @@ def test_the_journal_has_levels_and_one_line_per_event(machine: Container) -> No
     assert not any("Traceback" in entry["MESSAGE"] for entry in said)
 
 
-def test_a_crash_restarts_the_service(machine: Container) -> None:
-    """A daemon that is killed is started again; its clients' pages are gone, and they are told."""
-    restarted(machine)
-    journal = Journal(machine)
-    machine.run("systemctl", "kill", "--signal=SIGKILL", "vswapd.service")
-    journal.await_line(r"Scheduled restart job")
-    assert client(machine, ROUND_TRIP, MEMBER).stdout == "loaded 3000\n"
+KEEPS = """
+import subprocess, sys, vswap
+page = vswap.PAGE_BYTES
+pages = b"".join(bytes([n % 251, n // 251]) * (page // 2) for n in range(3000))
+with vswap.connect() as space:
+    slots = space.store(pages)
+    for _ in range(3):
+        subprocess.run(sys.argv[1:], check=True)
+        assert bytes(space.load(slots)) == pages
+        space.store(pages[:page], slots=slots[:1])
+    space.free(slots)
+    print("kept", len(slots))
+"""
+"""A client whose pages are there again, byte for byte, whatever becomes of the daemon."""
 
 
-def test_restart(machine: Container) -> None:
-    """A restart is clean: nobody is refused, and a client is told that its pages are gone."""
+def keeps(machine: Container, *command: str) -> None:
+    """Run a command three times in the life of a space."""
+    result = client(machine, KEEPS.replace("sys.argv[1:]", repr(list(command))), "root")
+    assert result.stdout == "kept 3000\n", result.stderr
+    report = machine.run("vswapctl", "verify", "--json")
+    assert json.loads(report.stdout)["ok"], report.stdout
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("whom", ["all", "main"])
+def test_a_killed_service_keeps_all_pages(machine: Container, shards: int, whom: str) -> None:
+    """It is started again by systemd, over the memory that systemd has kept."""
+    with shards_of_service(machine, shards):
+        journal = Journal(machine)
+        keeps(
+            machine,
+            *("systemctl", "kill", "--signal=SIGKILL", f"--kill-who={whom}", "vswapd.service"),
+        )
+        journal.await_line(r"Scheduled restart job")
+        assert client(machine, ROUND_TRIP, MEMBER).stdout == "loaded 3000\n"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_restart_keeps_all_pages(machine: Container, shards: int) -> None:
+    """A restart is clean: nobody is refused, and nothing is lost."""
+    with shards_of_service(machine, shards):
+        journal = Journal(machine)
+        pid = main_pid(machine)
+        keeps(machine, "systemctl", "restart", "vswapd.service")
+        assert main_pid(machine) != pid
+        assert show(machine, "NRestarts") == "0"
+        assert [entry for entry in journal.entries() if int(entry["PRIORITY"]) <= 4] == []
+
+
+def test_a_stop_gives_the_memory_back(machine: Container) -> None:
+    """What is kept goes with the service: the next start finds nothing, and its client is told."""
     restarted(machine)
-    journal = Journal(machine)
-    pid = main_pid(machine)
     script = (
         "import subprocess, vswap\n"
         "space = vswap.connect()\n"
         "slots = space.store(b'x' * vswap.PAGE_BYTES)\n"
-        "subprocess.run(['systemctl', 'restart', 'vswapd.service'], check=True)\n"
+        "subprocess.run(['systemctl', 'stop', 'vswapd.service'], check=True)\n"
         "try:\n"
         "    space.load(slots)\n"
-        "except vswap.ConnectionLost:\n"
+        "except vswap.SpaceLost:\n"
         "    print('lost')\n"
     )
     result = client(machine, script, "root")
     assert result.stdout == "lost\n", result.stderr
-    assert client(machine, ROUND_TRIP, MEMBER).stdout == "loaded 3000\n"
-    assert main_pid(machine) != pid
-    assert show(machine, "NRestarts") == "0"
-    assert [entry for entry in journal.entries() if int(entry["PRIORITY"]) <= 4] == []
 
 
 def test_upgrade(machine: Container) -> None:

@@ -1,16 +1,11 @@
-"""A shard that is killed is there again, with all that it held, and its clients notice nothing.
-
-`VSWAPD_KILLS=n` has the loop kill n times (`make torture KILLS=n`); `VSWAPD_SEED` replays one.
-"""
+"""A shard that is killed is there again, with all that it held, and its clients notice nothing."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import random
 import select
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,8 +20,6 @@ from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
 
 SHARDS = 3
-KILLS = int(os.environ.get("VSWAPD_KILLS", "12"))
-SEED = int(os.environ.get("VSWAPD_SEED", str(random.SystemRandom().randrange(1 << 30))))
 
 
 @pytest.fixture
@@ -193,121 +186,3 @@ def test_a_shard_whose_memory_is_damaged_ends_the_daemon() -> None:
             daemon.await_exit(expected=71)
         assert "that were never handed out" in daemon.log
         assert "cannot be started again" in daemon.log
-
-
-class Worker(threading.Thread):
-    """A client that does this and that, and knows what it should find."""
-
-    def __init__(self, path: Path, seed: int) -> None:
-        super().__init__()
-        self.chooser = random.Random(seed)
-        self.path = path
-        self.done = 0
-        self.stop = False
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            with vswap.connect(self.path, timeout=60) as space:
-                self.work(space)
-        except BaseException as error:  # noqa: BLE001 - told by whoever joins
-            self.error = error
-
-    def page(self) -> bytes:
-        stamp = self.chooser.randbytes(16)
-        kind = self.chooser.random()
-        if kind < 0.1:
-            return bytes(4096)
-        if kind < 0.5:
-            return self.chooser.randbytes(4096)
-        return (stamp * 256)[:4096]
-
-    def work(self, space: vswap.Space) -> None:
-        held: dict[int, bytes | None] = {}
-        while not self.stop:
-            some = self.chooser.sample(list(held), min(len(held), self.chooser.choice([1, 9, 150])))
-            match self.chooser.choice(["new", "new", "over", "load", "load", "free"]):
-                case "new" if len(held) < 1500:
-                    pages = [self.page() for _ in range(self.chooser.choice([1, 9, 150, 400]))]
-                    with contextlib.suppress(vswap.Rejected):
-                        slots = space.store(b"".join(pages)).tolist()
-                        assert not set(slots) & set(held), "a slot was given out twice"
-                        held.update(zip(slots, pages, strict=True))
-                case "over" if some:
-                    pages = [self.page() for _ in some]
-                    try:
-                        space.store(b"".join(pages), slots=some)
-                        held.update(zip(some, pages, strict=True))
-                    except vswap.Rejected as error:
-                        written = dict(zip(some, pages, strict=True))
-                        held.update({slot: written[slot] for slot in error.done.tolist()})
-                        held.update(dict.fromkeys(error.slots.tolist()))
-                case "load" if some:
-                    backed = [slot for slot in some if held[slot] is not None]
-                    if backed:
-                        expected = b"".join(held[slot] or b"" for slot in backed)
-                        assert space.load(backed) == expected
-                case "free" if some:
-                    space.free(some)
-                    for slot in some:
-                        del held[slot]
-            self.done += 1
-        backed = [slot for slot in held if held[slot] is not None]
-        assert space.load(backed) == b"".join(held[slot] or b"" for slot in backed)
-        if held:
-            space.free(list(held))
-
-
-def test_whatever_is_killed_nothing_is_lost(tmp_path: Path) -> None:
-    """Clients, writeback, swapon and swapoff go on while shards are killed at random moments."""
-    print(f"seed {SEED}")
-    chooser = random.Random(SEED)
-    settings = ("pool.max=6M", "pool.dense_age=0s", "shrinker.recompress_cpu=100%")
-    with running_daemon(f"server.shards={SHARDS}", *settings) as daemon:
-        workers = [Worker(daemon.socket_path, SEED + number) for number in range(3)]
-        for worker in workers:
-            worker.start()
-        try:
-            for turn in range(KILLS):
-                verbs(daemon, tmp_path, chooser)
-                marks = [worker.done for worker in workers]
-                alive = chooser.choice(shards_of(daemon))
-                kill(alive)
-                for worker, mark in zip(workers, marks, strict=True):
-                    # Deaths far enough apart that the daemon does not take it for a broken shard.
-                    while worker.is_alive() and worker.done < mark + 40:
-                        worker.join(0.01)
-                if any(worker.error is not None for worker in workers):
-                    print(f"after kill {turn}, of {alive}:", daemon.log, sep="\n")
-                    break
-        finally:
-            for worker in workers:
-                worker.stop = True
-            for worker in workers:
-                worker.join()
-        for worker in workers:
-            if worker.error is not None:
-                raise worker.error
-        with Control(daemon.socket_path) as control:
-            report = control.call("verify")
-            assert report["ok"], report["problems"]
-            while control.status()["slots"]["allocated"]:
-                control.call("compact")
-
-
-def verbs(daemon: RunningDaemon, directory: Path, chooser: random.Random) -> None:
-    """Something that an operator may do; what a death makes impossible is refused."""
-    path = str(directory / f"swap{chooser.randrange(2)}")
-    with Control(daemon.socket_path) as control, contextlib.suppress(vswap.OutOfService):
-        match chooser.choice(["swapon", "swapoff", "writeback", "compact", "tiers"]):
-            case "swapon":
-                control.call("swapon", path=path, size=16 << 20)
-            case "swapoff":
-                control.call("swapoff", path=path)
-            case "writeback":
-                control.call("writeback", bytes=2 << 20)
-            case "compact":
-                control.call("compact")
-            case "tiers":
-                tiers = chooser.choice(["lz4,zstd:1", "lz4", "zstd:1,zstd:3"])
-                control.call("set", key="pool.tiers", value=tiers)

@@ -1,0 +1,311 @@
+"""A daemon that is killed, or started anew, goes on where it was, if its memory is kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import vswap
+from support.daemon import running_daemon
+from support.service_manager import ServiceManager, service
+from support.wire import HELLO, SPACE_LOST, Wire
+from vswap.control import Control
+from vswapd_backends.label import find_label
+from vswapd_backends.shared import SYSTEM_PAGE
+
+EACH = pytest.mark.parametrize("shards", [1, 3])
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(count * 4096)
+
+
+@pytest.fixture(params=[1, 3], ids=["one", "three"])
+def manager(request: pytest.FixtureRequest) -> Iterator[ServiceManager]:
+    with service(f"server.shards={request.param}", "pool.max=32M") as running:
+        yield running
+
+
+def connected(manager: ServiceManager) -> vswap.Space:
+    return vswap.connect(manager.socket_path, timeout=30)
+
+
+def status(manager: ServiceManager) -> dict[str, Any]:
+    with Control(manager.socket_path) as control:
+        return control.status()
+
+
+def test_pages_outlive_a_kill(manager: ServiceManager) -> None:
+    """Pages, zeros, frees; the same client goes on, and everything adds up."""
+    with connected(manager) as space:
+        content = noise(900) + bytes(100 * 4096)
+        slots = space.store(content)
+        manager.kill()
+        manager.start()
+        assert space.load(slots) == content
+        space.store(content[::-1], slots=slots)
+        space.free(slots[500:])
+        manager.kill()
+        manager.start()
+        assert space.load(slots[:500]) == content[::-1][: 500 * 4096]
+        with Control(manager.socket_path) as control:
+            assert control.call("verify")["ok"]
+            assert control.status()["slots"]["allocated"] == 500
+
+
+def test_pages_outlive_a_restart(manager: ServiceManager) -> None:
+    """A stop that is followed by a start: an upgrade, say."""
+    with connected(manager) as space:
+        content = noise(600)
+        slots = space.store(content)
+        manager.restart()
+        assert space.load(slots) == content
+
+
+def test_a_call_under_way_goes_on(manager: ServiceManager) -> None:
+    """Calls that meet no daemon wait for it, and return as if nothing had happened."""
+    with connected(manager) as space:
+        content = noise(2000)
+        slots: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
+
+        def work() -> None:
+            for _ in range(20):
+                slots.append(space.store(content[: 200 * 4096]))
+                assert space.load(slots[-1]) == content[: 200 * 4096]
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for _ in range(3):
+            manager.kill()
+            manager.start()
+        thread.join()
+        assert len(slots) == 20
+        assert len(np.unique(np.concatenate(slots))) == 20 * 200
+        assert space.load(np.concatenate(slots)) == 20 * content[: 200 * 4096]
+
+
+def test_the_next_process_waits_for_the_last(manager: ServiceManager) -> None:
+    """The daemon alone is killed: its shards end by themselves, and no two work on one memory."""
+    with connected(manager) as space:
+        content = noise(500)
+        slots = space.store(content)
+        for _ in range(3):
+            os.kill(manager.pid, signal.SIGKILL)
+            manager.start()
+            assert space.load(slots) == content
+            with Control(manager.socket_path) as control:
+                assert control.call("verify")["ok"]
+
+
+def test_devices_and_settings_outlive_a_kill(manager: ServiceManager, tmp_path: Path) -> None:
+    """What was put into use at run time is, again; what was set at run time holds."""
+    path = str(tmp_path / "swap")
+    with connected(manager) as space:
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=path, size=32 << 20, priority=7)
+            control.call("set", key="shrinker.idle_age", value="3h")
+            control.call("set", key="pool.max", value="24M")
+        content = noise(1500)
+        slots = space.store(content)
+        with Control(manager.socket_path) as control:
+            control.call("writeback", bytes=32 << 20)
+        manager.kill()
+        manager.start()
+        with Control(manager.socket_path) as control:
+            document = control.status()
+            (device,) = document["devices"]
+            assert (device["state"], device["priority"]) == ("on", 7)
+            assert document["slots"]["phys"] > 1000
+            assert document["settings"]["shrinker.idle_age"] == "3h"
+            assert document["pool"]["max_bytes"] == 24 << 20
+            control.call("set", key="shrinker.idle_age", value="4h")
+        assert space.load(slots) == content
+        manager.restart()
+        with Control(manager.socket_path) as control:
+            assert control.status()["settings"]["shrinker.idle_age"] == "4h"
+            control.call("swapoff", path=path)
+        assert space.load(slots) == content
+        manager.kill()
+        manager.start()
+        assert not status(manager)["devices"]
+        assert not [name for name in manager.kept if "extents" in name]
+        assert space.load(slots) == content
+
+
+def test_a_reload_ends_what_was_set_at_run_time(manager: ServiceManager) -> None:
+    """The file holds then, also after the next kill."""
+    with Control(manager.socket_path) as control:
+        control.call("set", key="shrinker.idle_age", value="3h")
+        before = control.call("reload")
+        assert before["changed"] == ["shrinker.idle_age"]
+    manager.kill()
+    manager.start()
+    with Control(manager.socket_path) as control:
+        assert control.status()["settings"]["shrinker.idle_age"] != "3h"
+
+
+def test_configured_devices_are_put_into_use_once(tmp_path: Path) -> None:
+    """Also by a process that finds them in use; one put out of use comes again with a start."""
+    path = str(tmp_path / "swap")
+    with service("pool.max=8M", "server.shards=2", f"device={path},size=32M") as manager:
+        with connected(manager) as space:
+            slots = space.store(noise(4000))
+            manager.kill()
+            manager.start()
+            assert [d["path"] for d in status(manager)["devices"]] == [path]
+            assert space.load(slots) == noise(4000)
+            space.free(slots)
+        with Control(manager.socket_path) as control:
+            control.call("swapoff", path=path)
+        manager.restart()
+        assert [d["path"] for d in status(manager)["devices"]] == [path]
+
+
+def test_a_device_that_is_gone_loses_its_pages_alone(
+    manager: ServiceManager, tmp_path: Path
+) -> None:
+    """The rest is there; the lost ones say so, and the device can be put out of use."""
+    path = tmp_path / "swap"
+    with connected(manager) as space:
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=str(path), size=32 << 20)
+        slots = space.store(noise(800))
+        with Control(manager.socket_path) as control:
+            control.call("writeback", bytes=1 << 20)
+            there = control.status()["slots"]
+        assert there["phys"]
+        assert there["zswap"]
+        manager.kill()
+        path.unlink()
+        manager.start()
+        lost = 0
+        for index, slot in enumerate(slots):
+            try:
+                assert space.load([slot]) == noise(800)[index * 4096 : (index + 1) * 4096]
+            except vswap.PageLost as error:
+                lost += list(error.slots) == [slot]
+        assert lost == there["phys"]
+        with Control(manager.socket_path) as control:
+            assert len(control.call("verify")["problems"]) >= 1
+        space.free(slots)
+        with Control(manager.socket_path) as control:
+            control.call("swapoff", path=str(path))
+            assert not control.status()["devices"]
+
+
+def test_spaces_that_nobody_comes_back_for_are_freed() -> None:
+    """After resume_timeout; a client that died with the daemon leaves nothing behind."""
+    with service("server.shards=2", "server.resume_timeout=200ms") as manager:
+        with Wire(manager.socket_path) as wire:
+            token = wire.hello(shard=1)["token"]
+            assert wire.store(noise(5)).status == 0
+            manager.kill()
+        manager.start()
+        with connected(manager) as other:
+            while other.status()["slots"]["allocated"]:
+                other.ping()
+        with Wire(manager.socket_path) as late:
+            said = f'{{"token": "{token}", "shard": 1, "resume": true}}'.encode()
+            assert late.ask(HELLO, said).status == SPACE_LOST
+
+
+def test_memory_of_another_version_is_left_alone(manager: ServiceManager) -> None:
+    """It is refused with what to do; the version that made it finds it as it was."""
+    with connected(manager) as space:
+        content = noise(50)
+        slots = space.store(content)
+        manager.kill()
+        table = manager.kept["kept-0-table"]
+        before = os.fstat(table).st_size - SYSTEM_PAGE
+        label = os.pread(table, SYSTEM_PAGE, before)
+        os.pwrite(table, label[:8] + (99).to_bytes(4, "little") + label[12:], before)
+        manager.launch()
+        assert manager.await_exit() == 71
+        assert "this is memory of layout version 99" in manager.log
+        os.pwrite(table, label, before)
+        manager.start()
+        assert space.load(slots) == content
+
+
+def test_memory_that_is_not_whole_is_left_alone(manager: ServiceManager) -> None:
+    """A descriptor did not come back: no daemon serves what is not there."""
+    with connected(manager) as space:
+        content = noise(50)
+        slots = space.store(content)
+        manager.kill()
+        pool = manager.kept.pop("kept-0-pool")
+        manager.launch()
+        assert manager.await_exit() == 71
+        assert "0-pool did not come back" in manager.log
+        manager.kept["kept-0-pool"] = pool
+        manager.start()
+        assert space.load(slots) == content
+
+
+def test_what_was_not_kept_as_a_whole_is_dropped(manager: ServiceManager) -> None:
+    """Killed before it served anybody: nothing is in it, and nothing is left of it."""
+    manager.kill()
+    os.close(manager.kept.pop("kept-life"))
+    old = {name: os.fstat(fd).st_ino for name, fd in manager.kept.items()}
+    manager.start()
+    assert find_label("life", 1, manager.kept["kept-life"])
+    assert all(os.fstat(manager.kept[name]).st_ino != inode for name, inode in old.items())
+
+
+def test_the_number_of_shards_is_that_of_the_memory() -> None:
+    """Another one takes effect when the memory is given up."""
+    with (
+        service("server.shards=2", "table.max_slots=100000") as manager,
+        connected(manager) as space,
+    ):
+        content = noise(400)
+        slots = space.store(content)
+        manager.settings[:2] = ["server.shards=3", "table.max_slots=200000"]
+        manager.restart()
+        assert space.load(slots) == content
+        assert status(manager)["shards"] == 2
+        assert "server.shards = 3" in manager.log
+        with Control(manager.socket_path) as control:
+            control.call("set", key="shrinker.idle_age", value="2h")
+
+
+def test_a_setting_that_no_longer_fits_is_left_out(manager: ServiceManager) -> None:
+    """The file has changed meanwhile; the daemon starts, and says so."""
+    with Control(manager.socket_path) as control:
+        control.call("set", key="shrinker.high_watermark", value="88%")
+    manager.settings += ["shrinker.low_watermark=89%"]
+    manager.restart()
+    assert "shrinker.high_watermark" in manager.log
+
+
+def test_without_a_keeper_it_says_so_once() -> None:
+    """A kill of the daemon loses all pages then."""
+    with running_daemon("server.shards=2") as daemon:
+        assert daemon.log.count("loses all pages") == 1
+    with service("server.shards=2", keeps=False) as manager:
+        assert manager.log.count("loses all pages") == 1
+        with connected(manager) as space:
+            slots = space.store(noise(5))
+            manager.kill()
+            manager.start()
+            with pytest.raises(vswap.SpaceLost):
+                space.load(slots)
+
+
+def test_descriptors_do_not_grow(manager: ServiceManager) -> None:
+    """Neither the daemon's nor the manager's, whatever happens between."""
+    counts = []
+    for _ in range(4):
+        with connected(manager) as space:
+            space.store(noise(300))
+        manager.kill()
+        manager.start()
+        counts.append((len(list(Path(f"/proc/{manager.pid}/fd").iterdir())), len(manager.kept)))
+    assert counts == counts[:1] * 4

@@ -1,0 +1,198 @@
+"""A stand-in for the service manager: starts a daemon, keeps its descriptors, starts it again.
+
+As systemd does with a service of `FileDescriptorStoreMax=`: what comes with FDSTORE=1 is kept under
+its FDNAME until FDSTOREREMOVE=1, across all ends of the daemon, and passed to the next process
+behind the listening socket. The tests of the real one are in tests/system.
+
+Invariants:
+- Readiness is the daemon's READY=1. What it sent before that has been taken by then.
+- Leaving the block ends what was started, and closes what was kept.
+
+This module must not know what the descriptors are.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from support.daemon import DEADLINE_S, daemon_environment
+
+_MOST_FDS = 16
+_EXEC = """
+import fcntl, os, sys
+fds = [int(fd) for fd in sys.argv[1].split(",")]
+high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
+for number, fd in enumerate(high, 3):
+    os.dup2(fd, number)
+os.closerange(3 + len(fds), 1000)
+os.environ["LISTEN_PID"] = str(os.getpid())
+os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
+"""
+
+
+class ServiceManager:
+    """See the module. `settings` may be changed between two starts."""
+
+    def __init__(self, *settings: str, keeps: bool = True) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="vswapd-test-")
+        self.directory = Path(self._directory.name)
+        self.socket_path = self.directory / "vswapd.sock"
+        self.log_path = self.directory / "daemon.log"
+        self.settings = list(settings)
+        self.keeps = keeps
+        self.kept: dict[str, int] = {}
+        """Descriptors by name."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self.socket_path))
+        self._listener.listen(64)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(self.directory / "notify"))
+        self._news = threading.Condition()
+        self._readies = 0
+        self._thread = threading.Thread(target=self._listen)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"THE_END=1", str(self.directory / "notify"))
+        self._thread.join()
+        self._notify.close()
+        self._listener.close()
+        for fd in self.kept.values():
+            os.close(fd)
+        self._directory.cleanup()
+
+    @property
+    def log(self) -> str:
+        """What all daemons have written so far."""
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def pid(self) -> int:
+        """The daemon's process."""
+        assert self.process is not None
+        return self.process.pid
+
+    # What a service manager does
+
+    def start(self) -> None:
+        """Start a daemon with what is kept, and wait until it is ready."""
+        before = self._readies
+        self.launch()
+        assert self.process is not None
+        with self._news:
+            while self._readies == before:
+                ended = self.process.poll()
+                assert ended is None, f"it ended with {ended}:\n{self.log}"
+                self._news.wait(0.1)
+
+    def launch(self) -> None:
+        """Start a daemon with what is kept; the last one's process has ended, or is about to."""
+        if self.process is not None:
+            self.process.wait(DEADLINE_S)
+        with self._news:
+            names, fds = list(self.kept), [self._listener.fileno(), *self.kept.values()]
+        environment = {
+            "NOTIFY_SOCKET": str(self.directory / "notify"),
+            "XDG_RUNTIME_DIR": str(self.directory),
+            "LISTEN_FDS": str(len(fds)),
+            "LISTEN_FDNAMES": ":".join(["vswapd.socket", *names]),
+        }
+        if self.keeps:
+            environment["FDSTORE"] = "512"
+        command = [sys.executable, "-c", _EXEC, ",".join(map(str, fds))]
+        command += ["-W", "error", "-m", "vswapd", "serve"]
+        command += [f"--set={setting}" for setting in self.settings]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                env=daemon_environment(environment),
+                pass_fds=fds,
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL to the daemon and all that it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def restart(self) -> None:
+        """SIGTERM, wait for its end, and start it again."""
+        self.stop()
+        self.start()
+
+    def stop(self) -> None:
+        """SIGTERM, and hold it to a clean end."""
+        assert self.process is not None
+        self.process.terminate()
+        assert self.process.wait(DEADLINE_S) == 0, self.log
+
+    def await_exit(self) -> int:
+        """Wait for its own end; returns its code."""
+        assert self.process is not None
+        return self.process.wait(DEADLINE_S)
+
+    # The notification socket
+
+    def _listen(self) -> None:
+        room = socket.CMSG_SPACE(_MOST_FDS * 4)
+        while True:
+            data, ancillary, _, _ = self._notify.recvmsg(65536, room, socket.MSG_CMSG_CLOEXEC)
+            fds = array.array("i")
+            for _, _, rights in ancillary:
+                fds.frombytes(rights)
+            news = dict(line.split("=", 1) for line in data.decode().splitlines())
+            with self._news:
+                if "THE_END" in news:
+                    return
+                self._take(news, list(fds))
+                self._news.notify_all()
+
+    def _take(self, news: dict[str, str], fds: list[int]) -> None:
+        name = news.get("FDNAME", "")
+        if "FDSTORE" in news and self.keeps:
+            (fd,) = fds
+            assert name not in self.kept, f"{name} was sent twice"
+            self.kept[name] = fd
+        else:
+            for fd in fds:
+                os.close(fd)
+        if "FDSTOREREMOVE" in news:
+            os.close(self.kept.pop(name))
+        self._readies += news.get("READY") == "1"
+
+
+@contextlib.contextmanager
+def service(*settings: str, keeps: bool = True) -> Iterator[ServiceManager]:
+    """A service manager that has started its daemon."""
+    with ServiceManager(*settings, keeps=keeps) as manager:
+        manager.start()
+        yield manager

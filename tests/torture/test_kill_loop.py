@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pytest
 
@@ -131,8 +131,7 @@ def children(pid: int) -> list[int]:
     return []
 
 
-@dataclass(frozen=True)
-class Size:
+class Size(NamedTuple):
     """What must not grow."""
 
     descriptors: int
@@ -178,7 +177,8 @@ def test_nothing_is_lost(shards: int, tmp_path: Path) -> None:
             assert document["pool"]["live_bytes"] == 0
             assert document["slots"]["phys"] == 0
         manager.restart()
-        assert Size.of(manager) == before
+        after = Size.of(manager)
+        assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
         assert private_bytes(manager.pid) < 64 << 20
 
 

@@ -44,6 +44,7 @@ MOST_POOLS: Final = 256
 SPEC_BYTES: Final = 32
 _NEVER: Final = np.iinfo(np.int64).max
 _TWO_PAGES: Final = 2 * PAGE_BYTES
+_SEGMENT_SHIFT: Final = SEGMENT_BYTES.bit_length() - 1
 
 
 @dataclass(slots=True)
@@ -341,8 +342,9 @@ class Zswap:
             np.subtract.at(self.live_entries, segments, 1)
             for segment in set(segments[self.live_entries[segments] == 0].tolist()):
                 self._maybe_return(segment)
-        if len(self.pools) == 1:
-            self._account(self.pools[0], -count, -length)
+        only = self._only_pool(segments)
+        if only is not None:
+            self._account(only, -count, -length)
             return
         of = self._pool[segments]
         entries = np.bincount(of, minlength=len(self.pools)).tolist()
@@ -409,11 +411,15 @@ class Zswap:
             CorruptError: entries that do not decompress; they stay where they are, and are counted.
         """
         entries = self.entries(addresses, lengths)
-        if len(self.pools) == 1:
-            return self._decode(self.pools[0], entries, lengths)
+        if not entries:
+            return []
+        segments = addresses >> _SEGMENT_SHIFT
+        only = self._only_pool(segments)
+        if only is not None:
+            return self._decode(only, entries, lengths)
         pages: list[bytes | memoryview] = [b""] * len(entries)
         corrupt: list[int] = []
-        of = self._pool[addresses // SEGMENT_BYTES]
+        of = self._pool[segments]
         for pool in self.pools:
             which = np.flatnonzero(of == pool.index)
             picked = which.tolist()
@@ -438,13 +444,22 @@ class Zswap:
         entry = self.arena.view[begin : begin + length]
         if length == PAGE_BYTES:
             return bytes(entry)
+        pool = self.pools[self._pool.item(address >> _SEGMENT_SHIFT)]
         try:
-            return self.pools[self._pool.item(address // SEGMENT_BYTES)].codec.decompress([entry])[
-                0
-            ]
+            (page,) = pool.codec.decompress([entry])
         except CorruptError:
             self.corrupt_entries += 1
             raise
+        return page
+
+    def _only_pool(self, segments: I64) -> Pool | None:
+        """The pool that these segments, at least one, are all of; None: they are of several."""
+        if len(self.pools) == 1:
+            return self.pools[0]
+        first = self._pool.item(segments.item(0))
+        if len(segments) > 1 and (self._pool[segments] != first).any():
+            return None
+        return self.pools[first]
 
     def entries(self, addresses: I64, lengths: I64) -> list[memoryview]:
         """The compressed bytes of n entries, as views of the arena."""

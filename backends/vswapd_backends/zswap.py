@@ -126,6 +126,8 @@ class Zswap:
         self._group: Final[I64] = columns.group
         self._sealed: Final[I64] = columns.sealed
         self._pins: Final[I64] = np.zeros(shape, np.int64)
+        self._leaving: Final[I64] = np.zeros(shape, np.int64)
+        """Of the pins, those of whoever makes all entries of the segment go."""
         self.tried: Final = np.zeros(shape, np.bool_)
         """Segments of which no page would become smaller in the dense pool, as far as is known."""
         self.dense: Pool | None = None
@@ -381,22 +383,29 @@ class Zswap:
         self._count[segment] = 0
         self.arena.give(segment)
 
-    def pin(self, segment: int) -> None:
-        """Keep a segment's number from being used again, whatever dies in it."""
-        self._pins[segment] += 1
+    def pin(self, segment: int, *, leaving: bool = True) -> None:
+        """Keep a segment's number from being used again, whatever dies in it.
 
-    def unpin(self, segment: int) -> None:
-        """Undo one `pin`; the segment is returned if nothing lives in it."""
+        Args:
+            segment: which.
+            leaving: whether its memory will be free when this is over, unless something fails.
+        """
+        self._pins[segment] += 1
+        self._leaving[segment] += leaving
+
+    def unpin(self, segment: int, *, leaving: bool = True) -> None:
+        """Undo one `pin` of the same kind; the segment is returned if nothing lives in it."""
         assert self._pins[segment] > 0
         self._pins[segment] -= 1
+        self._leaving[segment] -= leaving
         self._maybe_return(segment)
 
-    def any_pinned(self, group: int | None = None) -> bool:
-        """Whether there are pinned segments (of one group): ones that may soon be free."""
-        pinned = self._pins[: self.arena.limit] > 0
+    def any_leaving(self, group: int | None = None) -> bool:
+        """Whether there are segments (of one group) that may soon be free."""
+        leaving = self._leaving[: self.arena.limit] > 0
         if group is not None:
-            pinned &= self._group[: self.arena.limit] == group
-        return bool(pinned.any())
+            leaving &= self._group[: self.arena.limit] == group
+        return bool(leaving.any())
 
     # Load
 

@@ -2,18 +2,22 @@
 
 The same walk as compaction, from one pool into another: the coldest segments that are not dense are
 taken apart, their entries decompressed and compressed again outside the lock, and what has become
-smaller is put together in segments of the dense pool. A page that is loaded meanwhile, overwritten
-or freed, has another word by then, and is left alone.
+smaller is put together in segments of the dense pool, one per step. A page that is loaded
+meanwhile, overwritten or freed, has another word by then, and is left alone.
 
 Invariants:
 - Dense segments have the age of the youngest page that went into them: what is written back first
   is what has not been used for longest, whatever it is compressed with.
 - A page that did not become smaller stays where it is, and is not tried again: its segment is
-  marked, and keeps the mark through compaction.
+  marked, and keeps the mark through compaction. One that is kept raw is not tried at all.
+- An entry that does not agree with its check is left alone: compressed again it would get a right
+  check, and nobody would ever know.
 - A page that was loaded since somebody looked goes to the young end of its stream once, unmarked,
   as with writeback.
 - The pool does not grow beyond its limit by what is put together here, old and new both counted.
-- Of processor time no more than its share is taken; no store ever waits for it.
+- Of processor time no more than its share is taken. No store waits for it: one that needs room
+  writes back what is not in hand here. (A pool without room for the store has none for the dense
+  segment either, so that waiting would seldom help.)
 
 This module must not know when to recompress, or what else could be done: the shrinker decides.
 """
@@ -28,10 +32,20 @@ from typing import Final
 import numpy as np
 
 from vswapd.core import Core
+from vswapd.ledger import Column
 from vswapd.swap_table import Tag, referenced
-from vswapd_backends.base import I64, PAGE_BYTES, SEGMENT_BYTES, U64, Compute, Operation, Places
+from vswapd_backends.base import (
+    I64,
+    PAGE_BYTES,
+    PAUSE,
+    SEGMENT_BYTES,
+    U64,
+    Compute,
+    Operation,
+    Places,
+)
 from vswapd_backends.codec import Codec, CorruptError
-from vswapd_backends.segment import fits, payload_of
+from vswapd_backends.segment import CAPACITY, fits, payload_of
 from vswapd_backends.zswap import Compressed, Pool, Stream, decode
 
 BATCH: Final = 4
@@ -45,13 +59,25 @@ _BURST_S: Final = 0.25
 
 @dataclass(slots=True)
 class _Batch:
-    """Live entries of neighbouring segments, in their order."""
+    """Entries of neighbouring segments that are to be tried, in their order."""
 
     segments: list[int]
     numbers: I64
     words: U64
     addresses: I64
     lengths: I64
+
+
+@dataclass(slots=True)
+class _Denser:
+    """What became of a batch's entries; nothing of those that are not worth moving, or damaged."""
+
+    stored: list[bytes]
+    """Check and compressed bytes of each; empty: nothing."""
+    lengths: I64
+    """Compressed bytes; 0: nothing."""
+    seconds: float
+    """Processor time that it took."""
 
 
 class Recompression:
@@ -133,38 +159,40 @@ class Recompression:
         if batch is None:
             return 0
         for segment in batch.segments:
-            zswap.pin(segment)
+            zswap.pin(segment, leaving=False)
         try:
-            source = zswap.pools[stream[0]].codec
-            # Pinned segments are not used again, and sealed ones not written to: their bytes can
-            # be looked at without the lock.
-            entries = zswap.entries(batch.addresses, batch.lengths)
-            work = Compute(
-                lambda: self._timed(source, target.codec, entries, batch.lengths), slow=True
-            )
-            yield work
-            denser, seconds = work.result()
-            self._tokens -= seconds
-            core.stats.recompress_seconds += seconds
-            if target is not self.target:
-                return 0  # the tiers are others by now
-            moved = self._move(batch, denser, (target.index, stream[1]))
-            if moved is None:
-                return 0
+            done, moved = True, 0
+            if len(batch.numbers):
+                source = zswap.pools[stream[0]].codec
+                # Pinned segments are not used again, and sealed ones not written to: their bytes
+                # can be looked at without the lock.
+                work = Compute(lambda: self._denser(source, target.codec, batch), slow=True)
+                yield work
+                denser = work.result()
+                self._tokens -= denser.seconds
+                core.stats.recompress_seconds += denser.seconds
+                done, moved = yield from self._move(batch, denser, target, stream[1])
+            if not done:
+                return moved
             for segment in batch.segments:
                 self._rejuvenate(segment, stream)
                 zswap.tried[segment] = True
         finally:
             for segment in batch.segments:
-                zswap.unpin(segment)
+                zswap.unpin(segment, leaving=False)
         return max(1, int(batch.lengths.sum()))
 
-    def _timed(
-        self, source: Codec, target: Codec, entries: Sequence[memoryview], lengths: I64
-    ) -> tuple[list[bytes], float]:
+    def _denser(self, source: Codec, target: Codec, batch: _Batch) -> _Denser:
+        """Compress a batch again. Needs no lock; its segments must be pinned."""
         begun = self.cpu_clock()
-        denser = denser_form(source, target, entries, lengths)
-        return denser, self.cpu_clock() - begun
+        zswap = self._core.zswap
+        entries = zswap.entries(batch.addresses, batch.lengths)
+        denser = denser_form(source, target, entries, batch.lengths)
+        for index in zswap.wrong(batch.addresses, batch.lengths):
+            denser[index] = b""
+        stored = [payload_of([entry]) if entry else b"" for entry in denser]
+        lengths = np.array([len(entry) for entry in denser], np.int64)
+        return _Denser(stored, lengths, self.cpu_clock() - begun)
 
     def _fitting(self, segments: I64) -> _Batch | None:
         """As many of these segments as there is room for what comes out of them; None: of none."""
@@ -181,7 +209,7 @@ class Recompression:
         return zswap.growth(need) <= self._core.pool_room() and zswap.has_segments_for(need)
 
     def _gather(self, segments: list[int]) -> _Batch:
-        """The entries of segments that are alive and were not loaded."""
+        """The entries of segments that are alive, were not loaded, and are not raw."""
         core, zswap = self._core, self._core.zswap
         numbers, words, addresses, lengths = [], [], [], []
         for segment in segments:
@@ -189,7 +217,7 @@ class Recompression:
             alive, current = core.live_words(
                 Tag.ZSWAP, segment, directory.numbers, directory.offsets
             )
-            cold = ~referenced(current)
+            cold = ~referenced(current) & (directory.lengths[alive] < PAGE_BYTES)
             live = directory.pick(alive[cold])
             numbers.append(live.numbers)
             words.append(current[cold])
@@ -203,40 +231,76 @@ class Recompression:
             np.concatenate(lengths),
         )
 
-    def _move(self, batch: _Batch, entries: Sequence[bytes], stream: Stream) -> int | None:
-        """Put what became smaller into dense segments; returns how many pages, None: no room."""
+    def _move(
+        self, batch: _Batch, denser: _Denser, target: Pool, group: int
+    ) -> Operation[tuple[bool, int]]:
+        """Put what became smaller into dense segments, each in a step of its own.
+
+        Returns:
+            Whether all was put there that could be, and the compressed bytes that were. Not all is
+            if there was no room left, or the tiers are others by now.
+        """
+        after = np.where(denser.lengths > 0, denser.lengths, batch.lengths).sum()
+        share = float(after / batch.lengths.sum())
+        self._expected += 0.25 * (min(1.0, 1.05 * share) - self._expected)
+        # Of sealed segments that are pinned: ages and stamps do not change.
+        age = max(self._core.zswap.age_of(segment) for segment in batch.segments)
+        stamp = float(self._core.zswap.stamps_of(np.array(batch.segments)).max())
+        which = np.flatnonzero(denser.lengths)
+        first = moved = 0
+        while first < len(which):
+            if first:
+                yield PAUSE
+            last = first + fits(denser.lengths[which[first:]], CAPACITY)
+            if target is not self.target:
+                return False, moved
+            put = self._put(batch, denser, which[first:last], (target.index, group), age, stamp)
+            if put is None:
+                return False, moved
+            moved += put
+            first = last
+        return target is self.target, moved
+
+    def _put(
+        self, batch: _Batch, denser: _Denser, which: I64, stream: Stream, age: int, stamp: float
+    ) -> int | None:
+        """Make a dense segment of those entries whose words have not changed.
+
+        Returns:
+            Their compressed bytes before; None: there is no room for them.
+        """
         core, zswap = self._core, self._core.zswap
-        lengths = np.array([len(entry) for entry in entries], np.int64)
-        if len(lengths):
-            after = np.where(lengths > 0, lengths, batch.lengths).sum() / batch.lengths.sum()
-            self._expected += 0.25 * (min(1.0, 1.05 * float(after)) - self._expected)
-        # Those that became no smaller, or could not be read, are empty.
-        which = np.flatnonzero((lengths > 0) & (core.words_now(batch.numbers) == batch.words))
+        which = which[core.words_now(batch.numbers[which]) == batch.words[which]]
         if not len(which):
             return 0
-        kept = [entries[i] for i in which.tolist()]
-        if not self._has_room(lengths[which]):
+        numbers, lengths = batch.numbers[which], denser.lengths[which]
+        if not self._take_room(lengths):
             return None  # others have taken it meanwhile
-        age = max(zswap.age_of(segment) for segment in batch.segments)
-        stamp = float(zswap.stamps_of(np.array(batch.segments)).max())
-        first = 0
-        while first < len(which):
-            segment, builder = zswap.new_segment(stream)
-            last = first + fits(lengths[which[first:]], builder.room)
-            some = which[first:last]
-            offsets = builder.add(batch.numbers[some], lengths[some], payload_of(kept[first:last]))
-            zswap.adopt(segment, builder, age=age, stamp=stamp)
-            zswap.tried[segment] = True
-            places = Places.within(segment, offsets, lengths[some])
-            flipped = core.flip(
-                batch.numbers[some], batch.words[some], Tag.ZSWAP, places, core.groups[stream[1]]
-            )
-            assert len(flipped) == len(some)
-            saved = int((batch.lengths[some] - lengths[some]).sum())
-            core.stats.recompress_pages += len(some)
-            core.stats.recompress_saved_bytes += saved
-            first = last
-        return len(which)
+        segment, builder = zswap.new_segment(stream)
+        payload = b"".join([denser.stored[i] for i in which.tolist()])
+        offsets = builder.add(numbers, lengths, payload)
+        zswap.adopt(segment, builder, age=age, stamp=stamp)
+        zswap.tried[segment] = True
+        places = Places.within(segment, offsets, lengths)
+        group = core.groups[stream[1]]
+        flipped = core.flip(numbers, batch.words[which], Tag.ZSWAP, places, group)
+        assert len(flipped) == len(which)
+        before = int(batch.lengths[which].sum())
+        core.stats.recompress_pages += len(which)
+        core.stats.recompress_saved_bytes += before - int(lengths.sum())
+        return before
+
+    def _take_room(self, lengths: I64) -> bool:
+        """As `_has_room`, and what it takes is entered: shards cannot pass the limit together."""
+        ledger, zswap = self._core.ledger, self._core.zswap
+        if ledger.alone:
+            return self._has_room(lengths)
+        with ledger.hold():
+            if not self._has_room(lengths):
+                return False
+            need = Compressed(0, b"", lengths, int(lengths.sum()))
+            ledger.enter(Column.POOL, zswap.in_use_bytes + zswap.growth(need))
+            return True
 
     def _rejuvenate(self, segment: int, stream: Stream) -> None:
         """Move the entries of a segment that were loaded to the young end, unmarked."""
@@ -247,11 +311,11 @@ class Recompression:
         if not hot.any():
             return
         left = directory.pick(alive[hot])
-        core.clear_reference(left.numbers)
         payload = b"".join(zswap.stored(left.offsets + segment * SEGMENT_BYTES, left.lengths))
         compressed = Compressed(stream[0], payload, left.lengths, int(left.lengths.sum()))
-        if not self._has_room(compressed.lengths):
+        if not self._take_room(compressed.lengths):
             return
+        core.clear_reference(left.numbers)
         expected = core.table.words[left.numbers]
         places = zswap.append(stream[1], left.numbers, compressed, core.clock())
         flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, core.groups[stream[1]])

@@ -107,7 +107,7 @@ class Room:
         written = yield from self._writeback.write_some(Cause.RECLAIM, only, _RECLAIM_AT_ONCE)
         if written.stopped is None:
             return True
-        if self._core.zswap.any_pinned(None if only is None else only.index):
+        if self._core.zswap.any_leaving(None if only is None else only.index):
             # Others are writing back what we might have: what they free may do.
             yield WAIT
             return True

@@ -165,6 +165,30 @@ def test_it_does_not_spin_when_it_can_do_nothing(obstacle: str) -> None:
         _sleeps(running)
 
 
+@pytest.mark.parametrize("obstacle", ["time is spent", "busy", "no room", "all tried", "young"])
+def test_it_does_not_spin_when_it_cannot_recompress(obstacle: str) -> None:
+    """Old pages that cannot be compressed again now cost no processor time while they wait."""
+    rig = make_engine(2 * MIB, dense="zstd:3", dense_age=60.0)
+    work = rig.engine.shrinker.recompression
+    rig.put(rig.space(), pages_of("text", 900))
+    match obstacle:
+        case "busy":
+            work.busy = lambda: True
+        case "time is spent":
+            ticks = iter(range(1000))
+            work.cpu_clock = lambda: 1000.0 * next(ticks)
+        case "no room":
+            rig.set(pool_max=rig.pool_bytes + 1)
+    if obstacle != "young":
+        rig.clock.advance(61)
+    with _running(rig) as running:
+        running.poke()
+        _sleeps(running)
+        with running.driver.lock:
+            moved = rig.engine.core.stats.recompress_pages
+            assert (moved > 0) == (obstacle in {"time is spent", "all tried"})
+
+
 def test_each_poke_is_one_look() -> None:
     """When there is nothing to do, n pokes are at most n counts, and no scan."""
     rig = make_engine(2 * MIB)

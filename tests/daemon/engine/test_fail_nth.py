@@ -1,7 +1,7 @@
 """Fail the first device operation, then the second, ... until a whole scenario has passed.
 
-The scenario goes through everything that touches a device: writeback by the shrinker's hand, direct
-reclaim, folios straight to the device, loads, overwrites, merging, swapoff.
+The scenario goes through everything that touches a device: writeback of both tiers by the shrinker
+itself, direct reclaim, folios straight to the device, loads, overwrites, merging, swapoff.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Scenario:
     made: int = 0
 
     def __post_init__(self) -> None:
-        self.rig = make_engine(600 * KIB)
+        self.rig = make_engine(600 * KIB, dense="zstd:1")
         self.add(10)
         self.add(10)
         self.space = self.rig.space()
@@ -111,6 +111,8 @@ class Scenario:
         for _ in range(6):
             self.store(60)
         self.load(self.some(0, 50, 4))
+        rig.clock.advance(100)
+        rig.shrink()
         rig.writeback(300 * KIB)
         self.check()
         self.store(40, self.some(20, 40, 2))
@@ -184,6 +186,7 @@ def test_the_scenario_uses_everything() -> None:
     assert stats.fallback_bytes
     assert stats.swapoff_bytes
     assert stats.device_compact_bytes
+    assert stats.recompress_pages
     assert stats.swapin_pages
     assert not any(stats.rejects.values())
     assert scenario.rig.engine.core.zswap.in_use_bytes < MIB

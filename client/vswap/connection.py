@@ -176,11 +176,17 @@ class Connection:
         poll = select.poll()
         by_fd = {lane.sock.fileno(): lane for lane in lanes}
         while True:
+            dropped = 0
             for fd, lane in by_fd.items():
                 all_sent = lane.push(call)
                 poll.register(fd, select.POLLIN if all_sent else select.POLLIN | select.POLLOUT)
+                dropped += len(lane.conversation.dropped)
+                lane.conversation.dropped.clear()
             if call.over:
                 return
+            if dropped:
+                # Something is not awaited any more: lanes before this one may go on.
+                continue
             ready = poll.poll(limit)
             if not ready:
                 raise self._home.silence()

@@ -159,6 +159,7 @@ class Conversation:
         for request_id, call, frame in self._unanswered:
             if frame.op is not Op.HELLO:
                 self._interrupted.append((request_id, call, frame))
+        self.dropped.clear()
         self._interrupted += [(0, call, frame) for call, frame in self._again]
         self._again.clear()
         self._unanswered.clear()

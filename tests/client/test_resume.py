@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ class MortalDaemon(FakeDaemon):
                 body = stream.read(header.body_bytes)
                 if len(body) < header.body_bytes:
                     break
+                self.before(header, shard)
                 with self._lock:
                     if life != self.life:
                         break  # the dead carry nothing out
@@ -81,8 +83,15 @@ class MortalDaemon(FakeDaemon):
                         self.hang_up()
                         break
                 connection.sendall(reply)
+                self.after(header, shard)
         with contextlib.suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
+
+    def before(self, header: Header, shard: int) -> None:
+        """A request has arrived at a shard, and will be carried out after this."""
+
+    def after(self, header: Header, shard: int) -> None:
+        """It has been answered."""
 
     def hang_up(self) -> None:
         self.life += 1
@@ -200,6 +209,45 @@ def test_what_was_in_doubt_is_known_after_a_rejection(
         for at, slot in enumerate(slots.tolist()):
             there = noise(256, 1)[at * PAGE_BYTES : (at + 1) * PAGE_BYTES]
             assert mortal.pages[slot] == (there if slot in done else None)
+
+
+class HalfFullDaemon(MortalDaemon):
+    """Its first shard takes one frame and rejects the next; then the second shard dies."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, shards=2)
+        self.rejected = threading.Event()
+        self.seen = 0
+
+    def before(self, header: Header, shard: int) -> None:
+        if header.op == Op.STORE and shard == 1:
+            self.rejected.wait(30)
+
+    def _carry_out(self, header: Header, body: bytes, shard: int) -> bytes:
+        if header.op == Op.STORE and shard == 0:
+            self.seen += 1
+            self.full = int(self.seen == 2)
+        reply = super()._carry_out(header, body, shard)
+        if self.seen == 2:
+            self.deaths = [(Op.STORE, "before")]
+            self.seen += 1
+        return reply
+
+    def after(self, header: Header, shard: int) -> None:
+        if self.seen > 2:
+            self.rejected.set()
+
+
+def test_a_rejected_store_is_undone_although_a_shard_dies(socket_path: Path) -> None:
+    """What was stored is freed again when the frame that was in doubt is given up."""
+    with (
+        HalfFullDaemon(socket_path) as daemon,
+        vswap.connect(socket_path, timeout=5) as space,
+        pytest.raises(vswap.Rejected),
+    ):
+        space.store(noise(4 * 128))
+    assert daemon.died
+    assert not daemon.pages
 
 
 def test_a_space_that_is_gone_is_told(mortal: MortalDaemon) -> None:

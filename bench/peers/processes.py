@@ -27,6 +27,7 @@ from bench.peers.contract import MissingError, PeerFailedError
 _PATIENCE_S: Final = 30.0
 _POLL_S: Final = 0.005
 _PSS: Final = re.compile(r"^Pss: +(\d+) kB", re.MULTILINE)
+_MAPPING: Final = re.compile(r"^(?=[0-9a-f]+-[0-9a-f]+ )", re.MULTILINE)
 _STATE, _GROUP = 0, 2
 _TIMES: Final = slice(11, 13)
 """Places in `_stat`: state, process group, time as user and in the system. See proc(5)."""
@@ -71,6 +72,11 @@ class Server:
         log = self._log.read_text(errors="replace")
         raise PeerFailedError(f"{self._process.args!r} did not start:\n{log}")
 
+    @property
+    def pid(self) -> int:
+        """The process that was started."""
+        return self._process.pid
+
     def _family(self) -> list[Path]:
         """The directories in /proc of all processes of its group that are alive."""
         found = []
@@ -81,11 +87,26 @@ class Server:
                     found.append(directory)
         return found
 
-    def resident_bytes(self) -> int:
-        """Memory of all its processes; what several share is counted once."""
+    def resident_bytes(self, *, without: str | None = None) -> int:
+        """Memory of all its processes; what several share is counted once.
+
+        Args:
+            without: what has this in its name is not counted: it is its clients'.
+        """
         texts = [(directory / "smaps_rollup").read_text() for directory in self._family()]
         found = [_PSS.search(text) for text in texts]
-        return sum(int(one[1]) << 10 for one in found if one is not None)
+        whole = sum(int(one[1]) << 10 for one in found if one is not None)
+        return whole if without is None else whole - self._mapped_bytes(without)
+
+    def _mapped_bytes(self, name: str) -> int:
+        found = 0
+        for directory in self._family():
+            # A mapping's lines begin with one that ends with its name.
+            for mapping in _MAPPING.split((directory / "smaps").read_text())[1:]:
+                share = _PSS.search(mapping)
+                if share is not None and name in mapping.partition("\n")[0]:
+                    found += int(share[1]) << 10
+        return found
 
     def cpu_s(self) -> float:
         """Processor time of all its processes, in steps of a tick (10 ms)."""

@@ -69,7 +69,8 @@ class VswapdPeer(Peer):
         assert self._server is not None
         assert self._watching is not None
         return Held(
-            resident_bytes=self._server.resident_bytes(),
+            # Windows hold the clients' own pages.
+            resident_bytes=self._server.resident_bytes(without="vswapd-window"),
             compressed_bytes=int(self._watching.status()["pool"]["live_bytes"]),
         )
 

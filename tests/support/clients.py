@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Final
@@ -115,7 +116,8 @@ class OverlappingClient:
     def note(self, kind: Kind, slots: Sequence[int], pages: Sequence[bytes], begin: float) -> None:
         end = time.monotonic()
         for slot, content in zip(slots, pages, strict=True):
-            self.history.add(kind, slot, content, begin, end)
+            # What tells a page from others: a long history of pages would take gigabytes.
+            self.history.add(kind, slot, blake2b(content, digest_size=12).digest(), begin, end)
 
     async def finish(self) -> None:
         """Load what is left, and free it."""

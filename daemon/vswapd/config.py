@@ -66,6 +66,10 @@ RELOADABLE: Final[frozenset[str]] = frozenset(
 _SHARD_POOL: Final = 64 << 20
 """Pool that makes another shard worth its process, where their number is `auto`."""
 _MOST_AUTO: Final = 16
+_RESERVE_SHARE: Final = 0.05
+"""Of the memory that the daemon may use, where pool.reserve is `auto`."""
+_BUFFERS_PART: Final = 8
+"""Requests and replies under way take at most one part of so many of the memory."""
 
 
 class ConfigError(Exception):
@@ -192,6 +196,7 @@ class Config:
         return Settings(
             max_slots=self.table.max_slots,
             pool_max=pool_max,
+            pool_reserve=self._reserve(host),
             accept_threshold=float(self.pool.accept_threshold),
             codec=self.pool.tiers.first,
             dense=self.pool.tiers.dense,
@@ -209,6 +214,16 @@ class Config:
             groups=MappingProxyType(groups),
             default_group=_limits(default, default, pool_max),
         )
+
+    def _reserve(self, host: Host) -> int:
+        """pool.reserve in bytes; by itself enough for all requests that may be under way."""
+        if not self.pool.reserve.automatic:
+            return self.pool.reserve.of(host.ram_bytes)
+        return max(int(_RESERVE_SHARE * host.ram_bytes), self.buffer_memory(host))
+
+    def buffer_memory(self, host: Host) -> int:
+        """server.buffer_memory, or less on a host where that would be a large part of all."""
+        return min(int(self.server.buffer_memory), host.ram_bytes // _BUFFERS_PART)
 
     def shards(self, host: Host) -> int:
         """How many shards there are to be: server.shards, or one per core that has enough to do."""

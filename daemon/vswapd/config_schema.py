@@ -147,6 +147,31 @@ class Amount:
         return hash((self.size, self.share))
 
 
+class Reserve(Amount):
+    """An amount, or `auto`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, raw: object) -> Reserve:
+        """A size, a share, or "auto"."""
+        if raw == "auto":
+            return cls()
+        try:
+            found = Amount.parse(raw)
+        except UnitError as error:
+            raise UnitError(f'{error}, or "auto"') from None
+        return cls(size=found.size, share=found.share)
+
+    @property
+    def automatic(self) -> bool:
+        """Whether it is for the daemon to say how much."""
+        return self.size is None and self.share is None
+
+    def __str__(self) -> str:
+        return "auto" if self.automatic else super().__str__()
+
+
 class Limit(Amount):
     """An amount, or `none` for no limit."""
 
@@ -304,6 +329,7 @@ class Pool(Keys, frozen=True, kw_only=True):
     """[pool]: compressed pages in memory."""
 
     max: Amount = Amount(share=0.20)
+    reserve: Reserve = Reserve()
     accept_threshold: Share = Share(0.90)
     tiers: Tiers = Tiers("lz4,zstd:3")
     dense_age: Seconds = Seconds(60)

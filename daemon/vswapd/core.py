@@ -21,6 +21,7 @@ from vswapd.control import Control
 from vswapd.groups import Group, Groups, Space
 from vswapd.ledger import Column, Ledger
 from vswapd.memory import Head, ShardMemory
+from vswapd.pressure import Pressure
 from vswapd.settings import Settings
 from vswapd.stats import Stats
 from vswapd.swap_table import (
@@ -85,7 +86,8 @@ class Core:
         self.pool_was_full = False
         """The pool refused, and has not been at or below the accept threshold since."""
         self._budget_day = head.item(Head.BUDGET_DAY) - 1.0
-        arena.most_bytes = settings.pool_max
+        self.pressure: Final = Pressure(clock)
+        self.look()
         self._budget_used = head.item(Head.BUDGET_USED)
         self.budget_pending = 0
         """Bytes of writes that are under way, and not spent yet."""
@@ -241,7 +243,24 @@ class Core:
 
     def pool_room(self) -> int:
         """Bytes that the pool may still grow by; negative when over its limit."""
-        return self.settings.pool_max - self.pool_use()
+        return self.pressure.limit - self.pool_use()
+
+    def look_when_due(self) -> None:
+        """Look if it is time to. Cheap: called after every request."""
+        if self.pressure.due():
+            self.look()
+
+    def look(self) -> None:
+        """Look at the memory that is left: the limit of the pool follows it."""
+        arena = self.zswap.arena
+        self.pressure.look(
+            self.settings.pool_max,
+            self.settings.pool_reserve,
+            lambda: self.pool_use() + arena.spare_bytes,
+        )
+        arena.most_bytes = self.pressure.limit
+        if self.pressure.why:
+            arena.trim()
 
     def enter(self) -> None:
         """Tell the other shards what this one holds."""

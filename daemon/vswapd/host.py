@@ -89,6 +89,19 @@ def _ram(root: Path) -> int:
 
 def _cgroup_limits(root: Path) -> Iterator[int]:
     """Memory limits of this process's control groups, in bytes, up to the root of each tree."""
+    for _, directory, unified in groups_of_memory(root):
+        names = ("memory.max", "memory.high") if unified else ("memory.limit_in_bytes",)
+        for name in names:
+            if limit := limit_in(directory / name):
+                yield limit
+
+
+def groups_of_memory(root: Path = Path("/")) -> Iterator[tuple[str, Path, bool]]:
+    """The control groups that may limit this process's memory, up to the root of each tree.
+
+    Yields:
+        The group's name, its directory, which need not be there, and whether it is of version 2.
+    """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -96,15 +109,15 @@ def _cgroup_limits(root: Path) -> Iterator[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            places = [("unified", "memory.max"), ("", "memory.max"), ("", "memory.high")]
+            mounts, unified = ["unified", ""], True
         elif "memory" in controllers.split(","):
-            places = [("memory", "memory.limit_in_bytes")]
+            mounts, unified = ["memory"], False
         else:
             continue
-        for mount, name in places:
-            for directory in _upwards(root / "sys/fs/cgroup" / mount, path):
-                if limit := _limit(directory / name):
-                    yield limit
+        for mount in mounts:
+            top = root / "sys/fs/cgroup" / mount
+            for directory in _upwards(top, path):
+                yield f"/{directory.relative_to(top)}".removesuffix("/."), directory, unified
 
 
 def _upwards(mount: Path, path: str) -> Iterator[Path]:
@@ -118,7 +131,8 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
             yield mount / parent
 
 
-def _limit(file: Path) -> int | None:
+def limit_in(file: Path) -> int | None:
+    """The limit that a file of a control group holds, in bytes; None: it holds none."""
     try:
         text = file.read_text().strip()
     except OSError:

@@ -70,7 +70,11 @@ def _each(
 
 
 def _pool(pools: list[PoolState]) -> PoolState:
+    # Each shard looks at memory by itself: the one that has found least holds for all.
+    tightest = min(pools, key=lambda p: p.limit_bytes)
     return PoolState(
+        limit_bytes=tightest.limit_bytes,
+        pressure=tightest.pressure,
         bytes=sum(p.bytes for p in pools),
         live_bytes=sum(p.live_bytes for p in pools),
         original_bytes=sum(p.original_bytes for p in pools),

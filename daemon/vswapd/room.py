@@ -5,7 +5,7 @@ segments (direct reclaim): new pages do not go to the device while old ones sit 
 its own limit pays with its own pages, never with another's.
 
 Invariants:
-- The pool never grows beyond `pool_max` by what is admitted here.
+- The pool never grows beyond the limit that holds (`pressure`) by what is admitted here.
 - Once the pool has had to refuse, it refuses until it is at or below the accept threshold
   (hysteresis, as mm/zswap.c): a full pool does not swing between one page more and one page less.
 
@@ -70,7 +70,7 @@ class Room:
         if room is not None and compressed.compressed_bytes > room:
             return Refusal.GROUP
         if core.pool_was_full:
-            if core.pool_use() > settings.accept_threshold * settings.pool_max:
+            if core.pool_use() > settings.accept_threshold * core.pressure.limit:
                 return Refusal.FULL
             core.pool_was_full = False
         if zswap.growth(compressed) > core.pool_room():
@@ -94,7 +94,7 @@ class Room:
     def _hopeless(self, group: Group, compressed: Compressed) -> bool:
         """Whether the folio would not even fit into an empty pool: nobody need go for it."""
         limit = group.limits.pool_max
-        return self._core.zswap.growth(compressed) > self._core.settings.pool_max or (
+        return self._core.zswap.growth(compressed) > self._core.pressure.limit or (
             limit is not None and compressed.compressed_bytes > limit
         )
 

@@ -259,7 +259,8 @@ class Session:
                     key=key,
                     joined=self.joined,
                 )
-            self.window = _window(said.get("window"), limits.max_window)
+            critical = self._context.engine.core.pressure.critical
+            self.window = _window(said.get("window"), 0 if critical else limits.max_window)
         self._greeted = True
         answer = {
             "version": VERSION,

@@ -38,8 +38,10 @@ class Settings:
     """Slots the table has room for; costs address space, not memory."""
     pool_max: int
     """Bytes that all pools together may occupy."""
+    pool_reserve: int = 0
+    """Bytes of memory to be left free: the pools take less than pool_max for it. 0: whatever."""
     accept_threshold: float = 0.90
-    """Share of pool_max: once full, the pool refuses until it is at or below this."""
+    """Share of the limit that holds: once full, the pool refuses until it is at or below this."""
     codec: str = "lz4"
     """`lz4`, `lz4hc:N`, `zstd:N`: what new pages are compressed with."""
     dense: str = ""
@@ -57,9 +59,9 @@ class Settings:
     """Off: every store is rejected with `disabled`."""
     shrinker_enabled: bool = True
     high_watermark: float = 0.95
-    """Share of pool_max at which the shrinker begins to write back."""
+    """Share of the limit at which the shrinker begins to write back."""
     low_watermark: float = 0.85
-    """Share of pool_max down to which it goes on."""
+    """Share of the limit down to which it goes on."""
     shrinker_rate: int = 0
     """Most bytes per second it writes by itself; 0: no bound."""
     idle_age: float = 0.0

@@ -27,6 +27,7 @@ from vswapd.beside import beside
 from vswapd.config import Config
 from vswapd.control import KeptDevice
 from vswapd.driver import Driver, Pending, T, Task
+from vswapd.free_memory import FreeMemory
 from vswapd.groups import Space
 from vswapd.host import Host
 from vswapd.idleness import Busy
@@ -149,6 +150,7 @@ class Shard:
         self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
         self.engine.on_pressure = self.shrinker.poke
         self.engine.shrinker.recompression.busy = Busy(clock)
+        self.engine.watch_memory(FreeMemory())
         self.steering: Final = Steering(
             version=__version__,
             engine=self.engine,
@@ -160,11 +162,12 @@ class Shard:
             open_device=open_device,
         )
         self.steering.devices.update(devices)
-        self.server: Final = self._make_server(config, operators or self.steering, on_parted)
+        self.server: Final = self._make_server(config, host, operators or self.steering, on_parted)
 
     def _make_server(
         self,
         config: Config,
+        host: Host,
         operators: session.Steering,
         on_parted: Callable[[Session], None] | None,
     ) -> Server:
@@ -194,7 +197,7 @@ class Shard:
             new_session=new_session,
             max_connections=keys.max_connections,
             max_frame=limits.max_frame,
-            buffer_memory=int(keys.buffer_memory) // self.ledger.shards,
+            buffer_memory=config.buffer_memory(host) // self.ledger.shards,
             request_timeout=float(keys.request_timeout),
             on_parted=on_parted,
         )

@@ -262,7 +262,7 @@ class ShardProcess:
         self._shard.shrinker.poke()
         core = self._shard.engine.core
         if core.ledger.others(Column.POOL) and core.pool_use() > (
-            core.settings.high_watermark * core.settings.pool_max
+            core.settings.high_watermark * core.pressure.limit
         ):
             now = clock()
             if now - self._hungry_at > _HUNGRY_S:

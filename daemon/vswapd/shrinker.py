@@ -126,8 +126,9 @@ class Shrinker:
     def wanted(self) -> bool:
         """Whether waking the thread might be worth it. Cheap: asked after every request."""
         core = self._core
+        core.look_when_due()
         return (
-            core.pool_use() > core.settings.high_watermark * core.settings.pool_max
+            core.pool_use() > core.settings.high_watermark * core.pressure.limit
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._compaction.wanted()
@@ -145,6 +146,8 @@ class Shrinker:
         """
         self._watching = True
         times = [] if self._spare_since is None else [self._spare_since + _SPARE_AGE]
+        if self._core.pressure.watching:
+            times.append(self._core.pressure.next_look)
         if self._core.settings.shrinker_enabled:
             times += self._writing_times()
             times += self._recompressing_times()
@@ -191,6 +194,7 @@ class Shrinker:
     def count(self) -> int:
         """Bytes that should go now; 0: nothing, or nothing can be done. Sets `doing` and `why`."""
         settings = self._core.settings
+        self._core.look_when_due()
         self._held_back = False
         if self._core.devices.discards_waiting:
             return self._say(Doing.DISCARDING, "extents were given up", SEGMENT_BYTES)
@@ -260,13 +264,14 @@ class Shrinker:
         self._only = None
         core, settings = self._core, self._core.settings
         used = core.pool_use()
-        if used > settings.high_watermark * settings.pool_max:
+        limit = core.pressure.limit
+        if used > settings.high_watermark * limit:
             self._working = True
-        floor = int(settings.low_watermark * settings.pool_max)
+        floor = int(settings.low_watermark * limit)
         if self._working and used > floor:
             # Each shard makes its own share go.
             mine = -(-(used - floor) * core.zswap.in_use_bytes // used)
-            return mine, "the pool passed its high watermark"
+            return mine, core.pressure.why or "the pool passed its high watermark"
         self._working = False
         over = [g for g in core.groups if g.limits.writeback and g.pool_excess()]
         eligible = self._writeback.eligible()

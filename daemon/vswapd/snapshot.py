@@ -56,6 +56,10 @@ class PoolState:
     """Compressed bytes of live entries."""
     original_bytes: int
     """What these pages are uncompressed."""
+    limit_bytes: int
+    """What they may occupy as things stand: pool_max, or less where memory is short."""
+    pressure: str
+    """Why that is less; empty: it is not."""
     segments: int
     full: bool
     corrupt_entries: int
@@ -204,6 +208,8 @@ def _pool(core: Core) -> PoolState:
         bytes=zswap.resident_bytes,
         live_bytes=zswap.total_live_bytes,
         original_bytes=zswap.total_entries * PAGE_BYTES,
+        limit_bytes=core.pressure.limit,
+        pressure=core.pressure.why,
         segments=zswap.arena.in_use,
         full=core.pool_was_full,
         corrupt_entries=zswap.corrupt_entries,

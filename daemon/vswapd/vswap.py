@@ -41,6 +41,7 @@ from vswapd.groups import Space, refuse_closed
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
 from vswapd.memory import Shape, ShardMemory
+from vswapd.pressure import Meter
 from vswapd.recompression import Recompression
 from vswapd.recovery import Reopen, recover
 from vswapd.room import Refusal, Room, reason_for
@@ -347,6 +348,9 @@ class Engine:
         compressed = folio.compressed
         if not self.core.settings.store_enabled:
             return self._reject(space, folio, numbers, slots, Reason.DISABLED)
+        if self.core.pressure.critical and numbers is None:
+            # Not even for zero pages: the table grows too.
+            return self._reject(space, folio, numbers, slots, Reason.POOL_FULL)
         if compressed is None:
             return self._publish(space, folio, numbers, slots, None, Tag.ZSWAP)
         refusal = self._room.refusal(space.group, compressed)
@@ -563,7 +567,7 @@ class Engine:
             zswap.tried[:] = False
         zswap.current, zswap.dense = current, dense
         self.core.settings = settings
-        self.core.zswap.arena.most_bytes = settings.pool_max
+        self.core.look()
         self.core.groups.apply(settings)
         self.shrinker.settings_changed()
         self._poke()
@@ -642,6 +646,11 @@ class Engine:
         self.core.memory.table.lock()
         self.core.memory.pool.lock()
         self.core.memory.state.lock()
+
+    def watch_memory(self, meter: Meter) -> None:
+        """Let the pool give way where memory runs short; see `pressure`."""
+        self.core.pressure.meter = meter
+        self.core.look()
 
     def snapshot(self) -> snapshots.Snapshot:
         """What the engine holds and has done, frozen. Cheap."""

@@ -156,6 +156,7 @@ def running_daemon(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     clean_log: bool = True,
+    under: Sequence[str] = (),
 ) -> Iterator[RunningDaemon]:
     """Run `python -m vswapd serve` until the block ends.
 
@@ -165,6 +166,7 @@ def running_daemon(
         arguments: More arguments for `serve`.
         environment: Variables to add to its environment.
         clean_log: Whether tracebacks in the log fail the test (off for tests that provoke them).
+        under: What to put before its command; has to become it (`exec`).
 
     Raises:
         DaemonFailedError: it did not start, or did not end as it should.
@@ -177,7 +179,7 @@ def running_daemon(
         notify_path = directory / "notify"
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(str(notify_path))
-            command = [sys.executable, "-W", "error", "-m", "vswapd", "serve"]
+            command = [*under, sys.executable, "-W", "error", "-m", "vswapd", "serve"]
             command += ["--config", str(directory / "vswapd.toml")]
             command += [f"--set=server.socket={socket_path}"]
             command += [f"--set={setting}" for setting in (*_EVERY_DAEMON, *settings)]

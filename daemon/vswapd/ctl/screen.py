@@ -144,6 +144,9 @@ def _pool(status: Document) -> RenderableType:
     elif pool["full"]:
         until = human_size(pool["accept_bytes"])
         lines.append(Text(f"FULL: refuses pages until it is down to {until}", BAD))
+    if pool["pressure"]:
+        least = human_size(pool["limit_bytes"])
+        lines.append(Text(f"{pool['pressure']}: it may take {least} for now", WARN))
     facts = f"{human_size(live)} compressed, {human_size(used - live)} overhead and room"
     lines.append(Text(f"{facts}; table {human_size(status['table']['bytes'])}", QUIET))
     if corrupt := pool["corrupt_entries"]:

@@ -175,6 +175,12 @@ FAMILIES: Final = (
         _one("pool", "max_bytes"),
     ),
     Family(
+        "vswap_pool_limit_bytes",
+        "Memory that the pool may take as things stand: less than its maximum where memory is "
+        "short.",
+        _one("pool", "limit_bytes"),
+    ),
+    Family(
         "vswap_pool_original_bytes",
         "Uncompressed bytes of the pages in the pool.",
         _one("pool", "original_bytes"),

@@ -37,7 +37,9 @@ def write(tmp_path: Path) -> Callable[[str], Path]:
 
 def test_defaults_need_no_file() -> None:
     """Without file and overrides the engine gets a fifth of the memory and lz4."""
-    assert load(None).settings(HOST) == Settings(pool_max=(8 << 30) // 5, dense="zstd:3")
+    assert load(None).settings(HOST) == Settings(
+        pool_max=(8 << 30) // 5, pool_reserve=(8 << 30) // 20, dense="zstd:3"
+    )
 
 
 def test_file_then_overrides(write: Callable[[str], Path]) -> None:

@@ -95,6 +95,14 @@ def test_every_cause_of_writing_is_shown() -> None:
         assert f"{index + 11}.0 MiB " in text
 
 
+def test_short_memory_is_shown() -> None:
+    """That the pool may take less than its maximum is told with the reason, and only then."""
+    status = copy.deepcopy(BUSY)
+    assert "memory is short" not in drawn(status)
+    status["pool"].update(pressure="memory is short on the machine", limit_bytes=40 << 20)
+    assert "memory is short on the machine: it may take 40.0 MiB for now" in drawn(status)
+
+
 def test_damage_and_failed_steps_are_shown() -> None:
     """Damaged entries and failures of the shrinker are told, and only then."""
     status = copy.deepcopy(BUSY)

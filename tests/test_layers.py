@@ -58,7 +58,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These
 # may use what the engine says of itself and each other, and nothing of the engine may use them.
-BESIDE = ("ctl", "config", "host", "free_memory", "metrics", "journal", "notify", "peer", "sizes")
+BESIDE = (
+    "ctl",
+    "config",
+    "host",
+    "free_memory",
+    "metrics",
+    "journal",
+    "notify",
+    "peer",
+    "sizes",
+    "undumpable",
+)
 
 # What of the devices is contract or plain data; the other modules there are devices.
 DEVICE_BORDER = frozenset(

@@ -166,3 +166,15 @@ def test_the_readmes_python_runs(tmp_path: Path) -> None:
             check=False,
         )
     assert result.returncode == 0, result.stderr
+
+
+def test_tests_of_the_threat_model_exist() -> None:
+    """Each line of a table names tests, and each of them is there."""
+    rows = [line for line in _read("docs/threat-model.md").splitlines() if line.startswith("| ")]
+    claims = [row for row in rows if not row.endswith("| held by |")]
+    assert len(claims) > 20
+    for row in claims:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, row
+        for file, test in named:
+            assert f"def {test}(" in _read(f"tests/{file}"), f"{file}::{test}"

@@ -141,6 +141,8 @@ def environment() -> dict[str, str]:
         if not name.startswith("LISTEN_")
         and name not in {"NOTIFY_SOCKET", "WATCHDOG_USEC", "VSWAP_SOCKET"}
     }
+    # Or nobody but root could see how much memory the daemon takes.
+    ours["VSWAPD_DUMPABLE"] = "1"
     return ours | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 

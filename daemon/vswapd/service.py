@@ -37,6 +37,7 @@ from vswapd.sizes import human_size
 from vswapd.steering import Opened, Reloaded, with_set
 from vswapd.supervisor import Before, Child, Dealt, Supervisor, fork_shards
 from vswapd.swap_devices import Locked, adopt_device, open_alone, reopen_alone
+from vswapd.undumpable import be_undumpable
 from vswapd.vswap import run_time_settings, shape_for
 from vswapd.watchdog import Watchdog
 from vswapd_backends.shared_extents import adopt_owners_region
@@ -276,6 +277,7 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
     Raises:
         ListenError, ServiceError, ConfigError: it could not start, or go on; the text says why.
     """
+    be_undumpable()
     host, manager = Host.here(), ServiceManager()
     config.settings(host)  # what is wrong with it is found before anything is made
     sockets = open_sockets(config, host, manager)

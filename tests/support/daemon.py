@@ -141,6 +141,9 @@ def daemon_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]
         if name not in {"VSWAP_SOCKET", "XDG_RUNTIME_DIR", "NOTIFY_SOCKET", "WATCHDOG_USEC"}
         and not name.startswith("LISTEN_")
     }
+    if os.geteuid() != 0:
+        # Tests look at descriptors and memory of a daemon, which else only root may.
+        environment["VSWAPD_DUMPABLE"] = "1"
     environment["PYTHONPATH"] = os.pathsep.join(map(str, SOURCE_ROOTS))
     return environment | dict(extra or {})
 

@@ -1,0 +1,169 @@
+"""A swap device that turns bad under a running daemon: what is hit is lost, and nothing else."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NoReturn, Self
+
+import numpy as np
+import pytest
+
+import vswap
+from support.daemon import RunningDaemon, running_daemon
+from vswap.control import Control
+
+PAGE: Final = 4096
+MIB: Final = 1 << 20
+PAGES: Final = 3000
+
+
+def content_of(number: int) -> bytes:
+    """Half of a page is noise: it shrinks, and is like no other."""
+    return np.random.default_rng(number).bytes(PAGE // 2) + bytes([number % 251]) * (PAGE // 2)
+
+
+@pytest.fixture(params=[1, 3])
+def daemon(request: pytest.FixtureRequest) -> Iterator[RunningDaemon]:
+    with running_daemon("pool.max=64M", f"server.shards={request.param}") as running:
+        yield running
+
+
+class Stored:
+    """Pages of two spaces, most of them on a device."""
+
+    def __init__(self, daemon: RunningDaemon, path: Path, size: int = 32 * MIB) -> None:
+        self.control = Control(daemon.socket_path)
+        self.control.call("swapon", path=str(path), size=size)
+        self.spaces = [vswap.connect(daemon.socket_path) for _ in range(2)]
+        self.contents = [content_of(number) for number in range(PAGES)]
+        half = PAGES // 2
+        parts = (self.contents[:half], self.contents[half:])
+        self.slots = [
+            space.store(b"".join(part)).tolist()
+            for space, part in zip(self.spaces, parts, strict=True)
+        ]
+
+    def write_back(self, nbytes: int = 1 << 30) -> dict[str, int]:
+        """Have so much written; returns how many slots are where."""
+        self.control.call("writeback", bytes=nbytes)
+        slots: dict[str, int] = self.control.status()["slots"]
+        return slots
+
+    def lost(self) -> int:
+        """Load every page by itself: how many are lost. All others are what was stored."""
+        count, number = 0, 0
+        for space, slots in zip(self.spaces, self.slots, strict=True):
+            for slot in slots:
+                try:
+                    assert space.load([slot]) == self.contents[number]
+                except vswap.PageLost as error:
+                    count += error.slots.tolist() == [slot]
+                number += 1
+        return count
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for space in self.spaces:
+            space.close()
+        self.control.close()
+
+
+def test_flipped_bytes_lose_pages_and_nothing_else(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Each page that is hit says so; with a place to go, a swapoff saves all others."""
+    path = tmp_path / "swap"
+    chooser = random.Random(7)
+    with Stored(daemon, path) as stored:
+        on_device = stored.write_back(4 * MIB)["phys"]
+        assert 1000 < on_device < PAGES
+        flips = 40
+        with path.open("r+b") as file:
+            whole = file.read()
+            used = np.flatnonzero(np.frombuffer(whole, np.uint8)[MIB:]) + MIB
+            for at in chooser.sample(used.tolist(), flips):
+                file.seek(at)
+                file.write(bytes([whole[at] ^ 0x10]))
+            file.flush()
+            os.fsync(file.fileno())
+        lost = stored.lost()
+        # A byte in 16 of a block's encryption garbles 16: it may hit two neighbours.
+        assert 1 <= lost <= 2 * flips
+        assert stored.control.status()["traffic"]["lost_pages"] >= lost
+        for space, slots in zip(stored.spaces, stored.slots, strict=True):
+            with pytest.raises(vswap.PageLost):
+                space.load(slots)
+        # In the pool nobody would notice what is damaged: it needs another device to go to.
+        with pytest.raises(vswap.OutOfService, match="are damaged"):
+            stored.control.call("swapoff", path=str(path))
+        assert stored.lost() == lost
+        stored.control.call("swapon", path=str(tmp_path / "other"), size=32 * MIB)
+        stored.control.call("swapoff", path=str(path))
+        path.unlink()
+        assert stored.lost() == lost
+        for space, slots in zip(stored.spaces, stored.slots, strict=True):
+            space.free(slots)
+        assert stored.control.call("verify")["ok"]
+
+
+def test_a_file_that_was_cut_loses_what_is_gone(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """Pages in RAM and before the cut are there; the daemon lives, and takes another device."""
+    path, other = tmp_path / "swap", tmp_path / "other"
+    with Stored(daemon, path) as stored:
+        slots = stored.write_back(4 * MIB)
+        assert slots["phys"]
+        assert slots["zswap"]
+        os.truncate(path, 2 * MIB)
+        lost = stored.lost()
+        assert 0 < lost <= slots["phys"]
+        stored.control.call("swapon", path=str(other), size=32 * MIB, priority=5)
+        stored.control.call("writeback", bytes=1 << 30)
+        assert stored.lost() == lost
+
+
+def test_a_disk_that_is_full_keeps_pages_in_ram(daemon: RunningDaemon, small_disk: Path) -> None:
+    """The space of discarded extents was taken by somebody: writes fail, and nothing is lost."""
+    path = small_disk / "swap"
+    with Stored(daemon, path, 24 * MIB) as stored:
+        stored.write_back()
+        # Back in RAM: the device's extents are discarded, and their space is free for others.
+        for index, (space, slots) in enumerate(zip(stored.spaces, stored.slots, strict=True)):
+            half = PAGES // 2
+            content = b"".join(stored.contents[index * half : (index + 1) * half])
+            space.store(content, slots=slots)
+        while stored.control.status()["slots"]["phys"]:
+            stored.control.call("compact")
+        with pytest.raises(OSError, match="space"):
+            fill(small_disk / "somebody's")
+        stored.control.call("writeback", bytes=1 << 30)
+        document = stored.control.status()
+        assert document["devices"][0]["write_errors"]
+        assert stored.lost() == 0
+        (small_disk / "somebody's").unlink()
+        stored.control.call("swapoff", path=str(path))
+        assert stored.lost() == 0
+
+
+def fill(path: Path) -> NoReturn:
+    with path.open("wb") as file:
+        while True:
+            file.write(bytes(MIB))
+            file.flush()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 28 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", str(path)], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", str(path)], check=True)

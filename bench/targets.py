@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it can b
 import lz4.block
 import numpy as np
 
-from bench import bench_recovery, corpora, rig
+from bench import bench_recovery, corpora, interference, rig
 from bench.rig import Rig
 from vswapd.capture import PAGE_BYTES
 from vswapd.driver import Driver
@@ -250,6 +250,20 @@ def _writeback(path: str, folios: Sequence[bytes], *, encrypted: bool) -> Iterat
     )
 
 
+def latency(directory: str) -> Iterator[Figure]:
+    """Loads of a page alone while the shrinker works, against a daemon at rest."""
+    for shards in ("1", "auto"):
+        with tempfile.TemporaryDirectory(prefix="vswapd-bench-", dir=directory) as place:
+            results = list(interference.measure(Path(place), shards, interference.some_pages()))
+        for one in results[: len(interference.KINDS)]:
+            yield Figure(
+                name=f"p99 of loads, {one.kind} / at rest, {shards} shard{'s' * (shards != '1')}",
+                value=one.ratio,
+                target=3,
+                detail=f"+-{one.spread:.2f}; {one.busy_p99:.0f} and {one.rest_p99:.0f} us",
+            )
+
+
 def table(figures: Sequence[Figure]) -> str:
     """The table for people."""
     width = max(len(figure.name) for figure in figures)
@@ -274,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "table": table_size,
         "recovery": recovery,
         "writeback": lambda: writeback(options.directory),
+        "latency": lambda: latency(options.directory),
     }
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--only", choices=parts, help="measure this part alone")

@@ -540,7 +540,12 @@ class Zswap:
 
     def sealed(self, segments: I64) -> I64:
         """Those of the segments that are no stream's open one."""
-        return segments[~np.isin(segments, [segment for segment, _ in self._open.values()])]
+        return segments[self.are_sealed(segments)]
+
+    def are_sealed(self, segments: I64) -> npt.NDArray[np.bool_]:
+        """Which of the segments, all in use, are no stream's open one."""
+        sealed: npt.NDArray[np.bool_] = self._sealed[segments] != 0
+        return sealed
 
     def untried(self, target: Pool, groups: I64 | None = None) -> I64:
         """Sealed segments that are not of the target pool and were not tried; coldest first."""

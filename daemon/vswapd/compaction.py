@@ -1,6 +1,7 @@
 """Compaction of pools: live entries of sparse segments are copied together, and the segments go.
 
-The same walk as writeback, without the device: no I/O, so each step is atomic under the lock.
+The same walk as writeback, without the device: no I/O, so a step can be atomic under the lock. The
+shrinker gives the lock back between the look for sparse segments and the copying (`paused_step`).
 
 Invariants:
 - Entries keep their reference bits, and the new segment the age of the youngest that went into it:
@@ -27,6 +28,8 @@ SPARSE: Final = 0.85
 """Segments of which less than this share is needed are worth copying together with others."""
 LEAST_GAIN: Final = 64 * 1024
 """Memory that packing must free at least; less is not worth the copying."""
+_TRIM_AT_ONCE: Final = 1
+"""Segments that are given back to the system in one step: 85 us each."""
 _EDGES: Final = 2 * PAGE_BYTES
 """Partly filled pages, at the payload's end and the directory's start, of a short segment."""
 SLACK: Final = 0.12
@@ -60,10 +63,35 @@ class Compaction:
 
     def step(self) -> CompactResult | None:
         """Copy one batch of sparse segments together; None if there is none."""
-        core, zswap = self._core, self._core.zswap
         sources = self._choose()
-        if not len(sources) or not zswap.arena.available:
+        if not len(sources) or not self._core.zswap.arena.available:
             return None
+        return self._copy(sources)
+
+    def paused_step(self) -> Operation[CompactResult | None]:
+        """The same, with the lock for others between the look and the copying."""
+        zswap = self._core.zswap
+        sources = self._choose()
+        for segment in sources.tolist():
+            zswap.pin(segment)
+        try:
+            if len(sources):
+                yield PAUSE
+            if not len(sources) or not zswap.arena.available:
+                return None
+            return self._copy(sources[zswap.live_entries[sources] > 0])
+        finally:
+            for segment in sources.tolist():
+                zswap.unpin(segment)
+
+    def _copy(self, sources: I64) -> CompactResult:
+        """Copy sealed segments of one stream together, each with live entries; there is a free one.
+
+        Perhaps not all that lives in them: what does not fit stays.
+        """
+        if not len(sources):
+            return CompactResult(0, 0)
+        core, zswap = self._core, self._core.zswap
         before = zswap.in_use_bytes
         stream = zswap.stream_of(int(sources[0]))
         target, builder = zswap.new_segment(stream)
@@ -146,8 +174,17 @@ class Compaction:
         """Compact until no step pays any more."""
         before = self._core.zswap.resident_bytes
         moved = 0
-        while (step := self.step()) is not None:
+        while (step := (yield from self.paused_step())) is not None:
             moved += step.moved_bytes
             yield PAUSE
-        self._core.zswap.arena.trim()
+        yield from self.trim()
         return CompactResult(moved, before - self._core.zswap.resident_bytes)
+
+    def trim(self) -> Operation[int]:
+        """Give the spare memory that there is back to the system; returns how many bytes."""
+        arena = self._core.zswap.arena
+        freed = 0
+        for left in range(arena.spare_segments, 0, -_TRIM_AT_ONCE):
+            freed += arena.trim(min(left, _TRIM_AT_ONCE))
+            yield PAUSE
+        return freed

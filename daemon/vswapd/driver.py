@@ -19,8 +19,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,10 @@ T = TypeVar("T")
 
 IO_DEPTH: Final = 4
 """Device requests performed at a time, a writeback's and those of loads together."""
+_LATELY_S: Final = 0.01
+"""How long after a request others still step back for the next one."""
+_STEP_BACK_S: Final = 50e-6
+"""How long they do: twice that with the timer's slack, enough for a request for one page."""
 COMPUTE_DEPTH: Final = 2
 """Slow computations at a time. More would only take turns at the interpreter."""
 
@@ -193,15 +199,21 @@ class Driver:
         """Tasks that were started and have not ended."""
         self._waiters: list[Callable[[], None]] = []
         """Whom to resume at the next epoch."""
+        self._asked_at = -math.inf
+        """When a request was begun for the last time; by the clock of `time.monotonic`."""
 
     # Steps
 
     def start(self, task: Task[T]) -> T | Pending[T]:
-        """Take a task's first steps; most end here, and cost no more than a call.
+        """Take the first steps of a request's task; most end here, and cost no more than a call.
 
         Raises:
             BaseException: whatever the task raises.
         """
+        self._asked_at = time.monotonic()
+        return self._start(task)
+
+    def _start(self, task: Task[T]) -> T | Pending[T]:
         door, room = self.lock.door, self.lock.room
         while True:
             # FairLock.acquire, unrolled: this is once per request.
@@ -261,14 +273,16 @@ class Driver:
         """
         progress = progress or Progress()
         begun: list[_Flight] = []
-        outcome = self.start(task)
+        outcome = self._start(task)
         while isinstance(outcome, Pending):
             need = outcome.need
             mistake: BaseException | None = None
             progress.waiting = need is not PAUSE
             if need is WAIT:
                 mistake = _wait_for(partial(self._subscribe, outcome.epoch))
-            elif need is not PAUSE:
+            elif need is PAUSE:
+                self.step_back()
+            else:
                 flight = self._begin(need, begun)
                 if flight is not None:
                     _wait_for(flight.when_done)
@@ -286,6 +300,16 @@ class Driver:
                 return step[0]
             outcome = step
         return outcome
+
+    def step_back(self) -> None:
+        """Let the event loop have the interpreter, if there are requests these days.
+
+        For threads that can wait, between two pieces of work, without the lock. Whoever only gives
+        the interpreter's lock back, for the time of a short call, mostly has it again before a
+        waiting thread is awake; and each such time the wait for a switch begins anew.
+        """
+        if time.monotonic() - self._asked_at < _LATELY_S:
+            time.sleep(_STEP_BACK_S)
 
     def _step(self, task: Task[T], mistake: BaseException | None) -> Pending[T] | tuple[T]:
         """Resume a pending task; what it waited for has happened (or is a mistake of ours)."""

@@ -51,6 +51,8 @@ from vswapd_backends.zswap import Compressed, Pool, Stream, decode
 BATCH: Final = 4
 """Segments that are taken apart at a time: about 700 pages, 20 ms of zstd:3. Fewer leave more
 segments of the dense pool partly filled; more hold the old ones pinned for longer."""
+_PIECE: Final = 4
+"""Pages that are compressed again at a time."""
 LEAST_GAIN: Final = 0.95
 """A page is worth moving if it becomes smaller than this share of what it was."""
 _BURST_S: Final = 0.25
@@ -89,6 +91,8 @@ class Recompression:
         """Whether the machine has something better to do; asked before pages go only by age."""
         self.cpu_clock: Callable[[], float] = time.thread_time
         """What the budget is held against: seconds of the thread that compresses."""
+        self.step_back: Callable[[], None] = lambda: None
+        """Called by that thread after each piece of some 200 us: others may want to run."""
         self._expected = 0.75
         """What becomes of a byte, with a margin: a running mean."""
         self._tokens = _BURST_S
@@ -158,7 +162,8 @@ class Recompression:
         batch = self._fitting(found[zswap.in_stream(found, stream)][:BATCH])
         if batch is None:
             return 0
-        for segment in batch.segments:
+        pinned = list(batch.segments)
+        for segment in pinned:
             zswap.pin(segment, leaving=False)
         try:
             done, moved = True, 0
@@ -174,11 +179,13 @@ class Recompression:
                 done, moved = yield from self._move(batch, denser, target, stream[1])
             if not done:
                 return moved
-            for segment in batch.segments:
-                self._rejuvenate(segment, stream)
-                zswap.tried[segment] = True
+            while pinned and target is self.target:
+                self._rejuvenate(pinned[0], stream)
+                zswap.tried[pinned[0]] = True
+                zswap.unpin(pinned.pop(0), leaving=False)
+                yield PAUSE
         finally:
-            for segment in batch.segments:
+            for segment in pinned:
                 zswap.unpin(segment, leaving=False)
         return max(1, int(batch.lengths.sum()))
 
@@ -186,13 +193,19 @@ class Recompression:
         """Compress a batch again. Needs no lock; its segments must be pinned."""
         begun = self.cpu_clock()
         zswap = self._core.zswap
-        entries = zswap.entries(batch.addresses, batch.lengths)
-        denser = denser_form(source, target, entries, batch.lengths)
-        for index in zswap.wrong(batch.addresses, batch.lengths):
-            denser[index] = b""
-        stored = [payload_of([entry]) if entry else b"" for entry in denser]
-        lengths = np.array([len(entry) for entry in denser], np.int64)
-        return _Denser(stored, lengths, self.cpu_clock() - begun)
+        stored: list[bytes] = []
+        lengths: list[int] = []
+        for first in range(0, len(batch.lengths), _PIECE):
+            piece = slice(first, first + _PIECE)
+            addresses = batch.addresses[piece]
+            entries = zswap.entries(addresses, batch.lengths[piece])
+            denser = denser_form(source, target, entries, batch.lengths[piece])
+            for index in zswap.wrong(addresses, batch.lengths[piece]):
+                denser[index] = b""
+            stored += [payload_of([entry]) if entry else b"" for entry in denser]
+            lengths += map(len, denser)
+            self.step_back()
+        return _Denser(stored, np.array(lengths, np.int64), self.cpu_clock() - begun)
 
     def _fitting(self, segments: I64) -> _Batch | None:
         """As many of these segments as there is room for what comes out of them; None: of none."""
@@ -249,8 +262,7 @@ class Recompression:
         which = np.flatnonzero(denser.lengths)
         first = moved = 0
         while first < len(which):
-            if first:
-                yield PAUSE
+            yield PAUSE
             last = first + fits(denser.lengths[which[first:]], CAPACITY)
             if target is not self.target:
                 return False, moved

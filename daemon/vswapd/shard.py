@@ -47,9 +47,10 @@ from vswapd_blockdev.extents import ExtentMap
 _LOG: Final = logging.getLogger(__name__)
 _PATIENCE_S: Final = 30.0
 """Seconds that requests under way are given to end when the daemon stops."""
-_SWITCH_S: Final = 0.0005
+_SWITCH_S: Final = 0.0001
 """Seconds after which a thread must let another run: the shrinker's Python is not to hold the event
-loop up for the default of 5 ms."""
+loop up for the default of 5 ms. A request may have to wait for it three times: when it is noticed,
+when it has been read, when it was answered."""
 
 
 def clock() -> float:
@@ -151,6 +152,7 @@ class Shard:
         self.engine.on_pressure = self.shrinker.poke
         self.engine.shrinker.recompression.busy = Busy(clock)
         self.engine.watch_memory(FreeMemory())
+        self.engine.shrinker.recompression.step_back = self.driver.step_back
         self.steering: Final = Steering(
             version=__version__,
             engine=self.engine,

@@ -355,15 +355,15 @@ class Shrinker:
                 return extents * SEGMENT_BYTES
             case Doing.TRIMMING:
                 self._spare_since = None
-                return self._core.zswap.arena.trim()
+                return (yield from self._compaction.trim())
             case Doing.COMPACTING:
-                step = self._compaction.step()
+                step = yield from self._compaction.paused_step()
                 if not self._compaction.wanted():
-                    self._core.zswap.arena.trim()
+                    yield from self._compaction.trim()
                 if step is None:
                     self.why = "what is left of the dead entries is not worth copying"
                     return 0
-                return step.moved_bytes
+                return max(1, step.moved_bytes)
             case Doing.MERGING:
                 freed = yield from self._moves.merge()
                 return freed * SEGMENT_BYTES

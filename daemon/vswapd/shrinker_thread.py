@@ -97,4 +97,5 @@ class ShrinkerThread:
             if not count:
                 return None if wakeup is None else max(0.0, wakeup - self._clock())
             self._driver.run(self._shrinker.scan(min(count, _SCAN_BYTES)), self._progress)
+            self._driver.step_back()
         return None

@@ -1,7 +1,7 @@
 """Writeback of several whole segments at once: one extent each, one look and one flip for all.
 
 Most of what gathering and flipping an extent costs is the price of a numpy call, whatever its size:
-eight segments together cost little more than one. This is the common case, of segments that are
+four segments together cost little more than one. This is the common case, of segments that are
 full, all alive, and not loaded since they were last looked at; everything else is `writeback`'s.
 
 The order is writeback's: room on the device, then the look, the write, the flip, the free.
@@ -23,14 +23,24 @@ import numpy as np
 from vswapd.core import Core
 from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
-from vswapd_backends.base import I64, SEGMENT_BYTES, U64, IoKind, IoRequest, Places
+from vswapd_backends.base import (
+    I64,
+    PAUSE,
+    SEGMENT_BYTES,
+    U64,
+    IoKind,
+    IoRequest,
+    Operation,
+    Places,
+)
 from vswapd_backends.segment import Directory, ImageBuilder
 from vswapd_backends.zswap import Stream
 from vswapd_blockdev.device import RUN_EXTENTS, BlockDevice
 
-WHOLE_AT_ONCE: Final = 8
+WHOLE_AT_ONCE: Final = 4
 """Segments per operation. Microseconds of one core per extent, all but the write itself, medians of
-6 rounds on a busy machine: 249 for one at a time, 223 for 2, 140 for 4, 110 for 8, 103 for 16."""
+6 rounds on a busy machine: 249 for one at a time, 223 for 2, 140 for 4, 110 for 8, 103 for 16. What
+is done for all of them in one step keeps loads waiting: so not more."""
 _FULL: Final = SEGMENT_BYTES * 9 // 10
 """A segment that needs less than this is better packed together with others."""
 
@@ -61,7 +71,7 @@ class WholeSegments:
         zswap = self._core.zswap
         chosen = zswap.oldest_first(stream)[:most]
         whole = zswap.all_alive(chosen) & (zswap.footprints(chosen) >= _FULL)
-        whole &= np.isin(chosen, zswap.sealed(chosen))
+        whole &= zswap.are_sealed(chosen)
         segments = chosen[: int(np.argmin(whole)) if not whole.all() else len(chosen)].tolist()
         if len(segments) < 2:  # noqa: PLR2004 - one alone gains nothing here
             return None
@@ -117,7 +127,7 @@ class WholeSegments:
 
     def images(
         self, batch: WholeBatch, numbers: list[int], stream: Stream, buffer: memoryview
-    ) -> list[IoRequest]:
+    ) -> Operation[list[IoRequest]]:
         """Images of the batch's segments in `buffer`, and the writes that put them in place.
 
         The writes are in the batch's order; one covers as many extents as are neighbours.
@@ -125,6 +135,8 @@ class WholeSegments:
         core = self._core
         requests: list[IoRequest] = []
         for index, (segment, number) in enumerate(zip(batch.segments, numbers, strict=True)):
+            if not index % 2:
+                yield PAUSE  # each takes about 90 us
             entry, extent = core.devices.device_of(number)
             builder = ImageBuilder(
                 buffer[index * SEGMENT_BYTES : (index + 1) * SEGMENT_BYTES],
@@ -169,21 +181,19 @@ class WholeSegments:
         flipped = core.flip(
             batch.directory.numbers[which], batch.words[which], Tag.PHYS, places, group
         )
-        if len(flipped):
-            self._keep(places.pick(flipped))
+        self._keep(batch, numbers, which[flipped])
         core.stats.writeback_pages += len(flipped)
         return len(flipped)
 
-    def _keep(self, places: Places) -> None:
-        """Count entries as live in their extents."""
-        of = places.number
-        starts = np.flatnonzero(np.diff(of, prepend=of[0] - 1))
-        entries = np.diff(np.append(starts, len(of)))
-        lengths: I64 = np.add.reduceat(places.length, starts)
-        for number, count, length in zip(
-            of[starts].tolist(), entries.tolist(), lengths.tolist(), strict=True
-        ):
-            self._core.devices.keep(number, count, length)
+    def _keep(self, batch: WholeBatch, numbers: list[int], flipped: I64) -> None:
+        """Count entries of a batch, by index and in order, as live in their extents."""
+        lengths = batch.directory.lengths[flipped]
+        ends = np.searchsorted(flipped, np.cumsum(batch.counts)).tolist()
+        first = 0
+        for number, end in zip(numbers, ends, strict=True):
+            if end > first:
+                self._core.devices.keep(number, end - first, int(lengths[first:end].sum()))
+            first = end
 
 
 def _goes_on(request: IoRequest, device: BlockDevice, extent: int) -> bool:

@@ -17,7 +17,9 @@ This module must not know when to write back: the shrinker and the stores decide
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -198,10 +200,12 @@ class Writeback:
         buffer = self.buffers.take(WHOLE_AT_ONCE)
         pending = int(batch.directory.lengths.sum())
         group.device_pending += pending
-        for segment in batch.segments:
+        pinned = list(batch.segments)
+        for segment in pinned:
             core.zswap.pin(segment)
         try:
-            writes = self._whole.images(batch, taken, stream, buffer)
+            with self._budgeted(SEGMENT_BYTES * len(taken)):
+                writes = yield from self._whole.images(batch, taken, stream, buffer)
             yield from self.write(writes)
             alone = one_by_one(writes)
             if alone:
@@ -211,21 +215,40 @@ class Writeback:
                 if not well:
                     core.devices.fail(number)
             self.account(cause, SEGMENT_BYTES * sum(good))
+            yield PAUSE
             pages = self._whole.flip(batch, taken, good, group)
-            moved = sum(
-                self.rejuvenate(segment, stream)
-                for segment, well in zip(batch.segments, good, strict=True)
-                if well
-            )
+            group.device_pending -= pending
+            pending = 0
+            moved = yield from self._let_go(pinned, good, stream)
         finally:
             group.device_pending -= pending
             for number in taken:
                 core.devices.unpin(number)
-            for segment in batch.segments:
+            for segment in pinned:
                 core.zswap.unpin(segment)
             self.buffers.give(buffer)
         stopped = None if any(good) else Stop.DEVICE_ERROR
         return Written(SEGMENT_BYTES * sum(good), pages, moved, stopped)
+
+    def _let_go(self, pinned: list[int], written: list[bool], stream: Stream) -> Operation[int]:
+        """Give segments up one by one; what still lives in those that were written stays young.
+
+        Args:
+            pinned: the segments; each is taken out of it with its pin.
+            written: whether each one's image was.
+            stream: whose they are.
+
+        Returns:
+            How many entries were moved.
+        """
+        moved = 0
+        for index, well in enumerate(written):
+            if not index % 2:
+                yield PAUSE  # each takes 85 us if its memory goes back to the system
+            if well:
+                moved += self.rejuvenate(pinned[0], stream)
+            self._core.zswap.unpin(pinned.pop(0))
+        return moved
 
     def _write_extent(self, stream: Stream, cause: Cause) -> Operation[Written]:
         """Write one extent's worth of a stream's coldest entries, whatever state they are in."""
@@ -324,12 +347,17 @@ class Writeback:
 
     def write(self, requests: list[IoRequest]) -> Operation[None]:
         """Have writes performed; while they are under way others know of them, and the budget."""
+        with self._budgeted(sum(request.length for request in requests)):
+            yield IoBatch(requests)
+
+    @contextlib.contextmanager
+    def _budgeted(self, size: int) -> Iterator[None]:
+        """Let others know of bytes that are about to be written, and the budget."""
         core = self._core
-        size = sum(request.length for request in requests)
         core.budget_pending += size
         core.enter_budget()
         try:
-            yield IoBatch(requests)
+            yield
         finally:
             core.budget_pending -= size
             core.enter_budget()
@@ -474,6 +502,7 @@ class Writeback:
                 flights.popleft()
                 landed = yield from _advance(flight, flights)
                 total = _sum(total, landed)
+                yield PAUSE
         finally:
             for flight, _ in flights:
                 flight.close()

@@ -115,7 +115,11 @@ def test_spare_memory_is_bounded() -> None:
         assert pool.spare_bytes <= pool.most_bytes // 16
         assert _agrees(pool)
     assert pool.spare_bytes == 2 * SEGMENT_BYTES
-    assert pool.trim() == 2 * SEGMENT_BYTES
+    assert pool.spare_segments == 2
+    assert pool.trim(1) == SEGMENT_BYTES
+    assert pool.spare_segments == 1
+    assert _agrees(pool)
+    assert pool.trim() == SEGMENT_BYTES
     assert (pool.resident_bytes, pool.region.resident_bytes) == (0, 0)
     assert pool.trim() == 0
 

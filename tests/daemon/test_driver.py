@@ -42,6 +42,38 @@ def _thread(call: Callable[[], Any]) -> threading.Thread:
     return thread
 
 
+# Who steps back
+
+
+def test_it_steps_back_for_requests_and_for_nobody_else(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two steps a thread that can wait sleeps for a moment, if a request came just now."""
+    now = [1000.0]
+    slept: list[float] = []
+    monkeypatch.setattr("vswapd.driver.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("vswapd.driver.time.sleep", slept.append)
+
+    def steps() -> Task[None]:
+        yield PAUSE
+        yield PAUSE
+
+    def request() -> Task[None]:
+        return
+        yield PAUSE
+
+    driver.run(steps())
+    driver.run(steps())
+    assert not slept
+    driver.start(request())
+    driver.run(steps())
+    assert len(slept) == 2
+    assert max(slept) < 0.001
+    now[0] += 1.0
+    driver.run(steps())
+    assert len(slept) == 2
+
+
 # The fair lock
 
 

@@ -221,6 +221,18 @@ def test_a_step_puts_no_more_than_one_segment_away() -> None:
     assert max(np.diff(seen)) < most
 
 
+def test_others_may_run_while_it_compresses() -> None:
+    """Every few pages the thread that compresses steps back."""
+    rig = dense_engine()
+    rig.put(rig.space(), pages_of("text", 400))
+    work = rig.engine.shrinker.recompression
+    calls: list[int] = []
+    work.step_back = lambda: calls.append(1)
+    run(work.step(young=True))
+    tried = sum(segment.entries for segment in rig.engine.snapshot().pool.parts)
+    assert 200 / 8 < len(calls) <= tried
+
+
 @pytest.mark.parametrize("devices", [[], [64]])
 def test_a_store_that_needs_room_does_not_wait_for_it(devices: list[int]) -> None:
     """It writes back what is not in hand, or is refused, while the denser form is being made."""

@@ -5,12 +5,14 @@ Invariants (numbers as in "What must never be"): 17, 20, 21.
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from support.engine import DAY, KIB, MIB, Rig, ids, make_engine, pages_of
+from support.engine import DAY, KIB, MIB, Rig, ids, make_engine, page, pages_of
+from support.interleaving import start
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag
-from vswapd_backends.base import SEGMENT_BYTES, U64, run
+from vswapd_backends.base import PAUSE, SEGMENT_BYTES, U64, run
 
 
 def _full(rig: Rig, group: str = "0", *, first: int = 0, most: int = 4000) -> U64:
@@ -200,6 +202,48 @@ def test_a_stalled_shrinker_is_not_woken_at_once() -> None:
 
 
 # Other work
+
+
+def test_spare_memory_goes_segment_by_segment() -> None:
+    """Others have the lock between two segments, and may take what is still there."""
+    rig = make_engine(64 * MIB, arena_bytes=80 * MIB)
+    space = rig.space()
+    rig.free(space, rig.put(space, pages_of("noise", 600)))
+    arena = rig.engine.core.zswap.arena
+    assert arena.spare_segments > 3
+    trimming = start(rig.engine.shrinker._compaction.trim())
+    left = [arena.spare_segments]
+    while trimming.advance() is not None:
+        left.append(arena.spare_segments)
+        if len(left) == 3:
+            slots = rig.put(space, pages_of("noise", 60))
+    assert max(-np.diff(left)) <= 2
+    assert arena.spare_segments == 0
+    assert rig.load(space, slots) == pages_of("noise", 60)
+    rig.check()
+
+
+@pytest.mark.parametrize("what", ["nothing", "some", "all"])
+def test_what_dies_before_it_is_compacted_is_left_out(what: str) -> None:
+    """Others have the lock between the look for sparse segments and the copying."""
+    rig = make_engine(64 * MIB, arena_bytes=80 * MIB)
+    space = rig.space()
+    slots = rig.put(space, pages_of("noise", 600))
+    rig.free(space, slots[::2])
+    left = slots[1::2]
+    content = [page("noise", i) for i in range(1, 600, 2)]
+    step = start(rig.engine.shrinker._compaction.paused_step())
+    assert step.advance() is PAUSE
+    assert rig.engine.core.zswap._pins.any()
+    gone = {"nothing": 0, "some": 100, "all": 300}[what]
+    if gone:
+        rig.free(space, left[:gone])
+    moved = step.finish().moved_bytes
+    assert (moved > 0) == (what != "all")
+    assert not rig.engine.core.zswap._pins.any()
+    if what != "all":
+        assert rig.load(space, left[gone:]) == content[gone:]
+    rig.check()
 
 
 def test_spare_memory_goes_after_a_second() -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from support.engine import MIB, Rig, UnkindDevice, ids, make_engine, page
+from support.interleaving import start
 from vswapd.swap_table import Tag
 from vswapd.writeback import Cause
-from vswapd_backends.base import IoBatch, run
+from vswapd_backends.base import PAUSE, run
 from vswapd_blockdev.device import EXTENT_BYTES, RUN_EXTENTS, WriteError
 
 
@@ -125,17 +126,20 @@ def test_no_image_carries_bytes_of_what_its_buffer_held_before() -> None:
     assert not high.search(device.data)
 
 
-def test_whole_segments_spend_the_write_budget_once() -> None:
+@pytest.mark.parametrize("when", ["images are made", "they are written"])
+def test_whole_segments_spend_the_write_budget_once(when: str) -> None:
     """Overlapping operations cannot spend more than the budget together."""
     device = _Recording(64)
     rig, _ = filled(device)
     rig.set(write_budget=5 * EXTENT_BYTES)
-    one = rig.engine._writeback.write_some(Cause.WRITEBACK)
-    two = rig.engine._writeback.write_some(Cause.WRITEBACK)
-    begun = next(one)
-    assert isinstance(begun, IoBatch)
-    begun.perform()
-    run(two)
-    run(one)
+    one = start(rig.engine._writeback.write_some(Cause.WRITEBACK))
+    if when == "images are made":
+        assert one.advance() is PAUSE
+    else:
+        one.until_io()
+        one.perform()
+    run(rig.engine._writeback.write_some(Cause.WRITEBACK))
+    one.finish()
+    assert device.spans
     assert sum(count for _, count in device.spans) <= 5
     rig.check()

@@ -49,7 +49,7 @@ class VswapdPeer(Peer):
         command = [sys.executable, "-m", "vswapd", "serve", f"--config={config}"]
         command += [f"--set={key}={value}" for key, value in settings.items()]
         self._server = Server(command, path)
-        self._watching = vswap.connect(path, name="bench")
+        self._watching = vswap.connect(path, label="bench")
 
     def shards(self, plan: Plan) -> int:
         """Processes that share the work."""
@@ -88,7 +88,7 @@ class VswapdPeer(Peer):
 
     @classmethod
     def connect(cls, address: str, client: int, pages: int) -> VswapdClient:
-        space = vswap.connect(address, name=f"bench {client}")
+        space = vswap.connect(address, label=f"bench {client}")
         return VswapdClient(space, pages)
 
 
@@ -120,7 +120,7 @@ class WindowPeer(VswapdPeer):
 
     @classmethod
     def connect(cls, address: str, client: int, pages: int) -> VswapdClient:
-        space = vswap.connect(address, name=f"bench {client}", window=window_bytes(pages))
+        space = vswap.connect(address, label=f"bench {client}", window=window_bytes(pages))
         return WindowClient(space, pages)
 
 

@@ -19,6 +19,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
+import numpy as np
+
 from vswap.address import client_name
 from vswap.aio_connection import AsyncConnection, open_connection
 from vswap.buffers import empty_bytes, padded_pages_of, pages_of, slots_of, target_of
@@ -27,7 +29,7 @@ from vswap.greeting import PATIENCE_S
 from vswap.handle import Form, Receiver, StoredObject, take_apart
 from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
-from vswap.planner import Ask, Free, Load, Overwrite, Store
+from vswap.planner import Ask, Free, Listing, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
 from vswap.window import WINDOW_BYTES, Window
 
@@ -52,12 +54,14 @@ class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
         *,
         timeout: float | None = None,
         name: str | None = None,
+        label: str | None = None,
         window: int = WINDOW_BYTES,
         patience: float = PATIENCE_S,
     ) -> None:
         self._path = path
         self._timeout = timeout
         self._name = name
+        self._label = label
         self._window = window
         self._patience = patience
         self._space: Space | None = None
@@ -67,9 +71,10 @@ class connect:  # noqa: N801 - used like a function: awaited, or in `async with`
             *await open_connection(
                 self._path,
                 self._timeout,
-                client_name(self._name),
+                client_name(self._label),
                 self._window,
                 self._patience,
+                self._name,
             )
         )
 
@@ -156,6 +161,21 @@ class Space:
 
     def _located(self, pages: Pages) -> Pages:
         return pages if self._window is None else self._window.locate(pages)
+
+    async def slots(self) -> U64:
+        """As `vswap.Space.slots`."""
+        found: list[U64] = []
+        for shard in range(self.peer.shards):
+            last = 0
+            while True:
+                call = Listing(shard, last, self.peer.max_batch)
+                await self._connection.run(call)
+                some = call.slots()
+                if not len(some):
+                    break
+                found.append(some)
+                last = int(some[-1])
+        return np.concatenate(found) if found else np.empty(0, np.uint64)
 
     async def status(self) -> dict[str, Any]:
         """As `vswap.Space.status`."""

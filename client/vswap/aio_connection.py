@@ -26,6 +26,7 @@ from vswap.errors import (
     ConnectionLost,
     ConnectionRefused,
     NoDaemon,
+    SpaceBusy,
     Stopping,
     TimedOut,
     VswapError,
@@ -57,6 +58,7 @@ async def open_connection(
     client: str,
     window_bytes: int,
     patience_s: float,
+    name: str | None = None,
 ) -> tuple[AsyncConnection, Peer, Window | None]:
     """Connect to the first daemon that answers, and say HELLO. The window comes with it.
 
@@ -67,10 +69,12 @@ async def open_connection(
     check_patience(patience_s)
 
     def call() -> Ask:
-        return hello(client, window_bytes=window_bytes)
+        return hello(client, window_bytes=window_bytes, name=name)
 
     home, peer, found, window = await _greet_first(path, silence_s, call, patience_s)
-    door = _Door(found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept)
+    door = _Door(
+        found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept, name
+    )
     resume = door.resume if peer.resumable and patience_s else None
     connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume)
     return connection, peer, window
@@ -90,11 +94,23 @@ class _Door:
     patience_s: float
     kept: bool
     """Whether a daemon that stops will know the space when it is back."""
+    name: str | None
+    """The space's, if it has one."""
 
     async def open_lane(self, shard: int) -> AsyncLane:
         """A lane to another shard. Raises: as `open_connection`."""
-        call = hello(self.client, shard=shard, token=self.token)
-        lane, there, *_ = await _greet(self.path, self.silence_s, call)
+        loop = asyncio.get_running_loop()
+        end = loop.time() + DYING_S
+        while True:
+            call = hello(self.client, shard=shard, token=self.token, name=self.name)
+            try:
+                lane, there, *_ = await _greet(self.path, self.silence_s, call)
+                break
+            except SpaceBusy:
+                # The client before this one has gone, and this shard is about to see it.
+                if loop.time() > end:
+                    raise
+            await asyncio.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
             # The daemon is another one by now.
             lane.close()
@@ -126,7 +142,12 @@ class _Door:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
-            self.client, shard=lane.shard, token=self.token, window_bytes=wish, resume=True
+            self.client,
+            shard=lane.shard,
+            token=self.token,
+            window_bytes=wish,
+            resume=True,
+            name=self.name,
         )
         sock, _ = await open_async(self.path, self.silence_s)
         lane.reopen(sock)

@@ -155,6 +155,10 @@ class SpaceLost(ConnectionLost):
     """The daemon has died, or was restarted, and the space's memory is gone with it."""
 
 
+class SpaceBusy(ConnectionLost):
+    """The named space is another client's at the moment."""
+
+
 class Broken(ConnectionLost):
     """A connection has ended without a word: the daemon, or one of its processes, has died."""
 
@@ -178,6 +182,7 @@ ERROR_OF_STATUS: Final[dict[Status, tuple[type[VswapError], str]]] = {
     Status.HELLO_FIRST: (ProtocolError, "this client began without HELLO"),
     Status.NO_SPACE: (NoSpace, "use vswap.connect() for pages"),
     Status.SPACE_LOST: (SpaceLost, "its slots are gone: connect again and store anew"),
+    Status.SPACE_BUSY: (SpaceBusy, "end the other client, or take another name"),
     Status.PAGE_LOST: (PageLost, "free them; the other slots can still be loaded"),
     Status.INTERNAL: (DaemonFailed, "the daemon's journal has the cause"),
     Status.TOO_MANY_CONNECTIONS: (

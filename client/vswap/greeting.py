@@ -21,6 +21,7 @@ from vswap.errors import (
     ConnectionLost,
     ConnectionRefused,
     NoDaemon,
+    SpaceBusy,
     SpaceLost,
     Stopping,
 )
@@ -48,11 +49,12 @@ DYING_S: Final = 2.0
 def greet(
     path: str | os.PathLike[str] | None,
     timeout: float | None,
-    name: str | None,
+    label: str | None,
     *,
     control: bool = False,
     window: int = 0,
     patience: float = PATIENCE_S,
+    name: str | None = None,
 ) -> tuple[Connection, Peer, Window | None]:
     """An open connection that HELLO has been said on, and its window.
 
@@ -61,13 +63,13 @@ def greet(
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is none.
     """
     check_patience(patience)
-    client = client_name(name)
+    client = client_name(label)
 
     def call() -> Ask:
-        return hello(client, control=control, window_bytes=window)
+        return hello(client, control=control, window_bytes=window, name=name)
 
     home, peer, found, shared = _first_lane(path, timeout, call, patience)
-    door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept)
+    door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)
     resume = door.resume if peer.resumable and not control and patience else None
     return Connection(home, peer.shards, timeout, door.open_lane, resume), peer, shared
 
@@ -86,11 +88,22 @@ class _Door:
     patience: float
     kept: bool
     """Whether a daemon that stops will know the space when it is back."""
+    name: str | None
+    """The space's, if it has one."""
 
     def open_lane(self, shard: int) -> Lane:
         """A lane to another shard. Raises: as `greet`."""
-        call = hello(self.client, shard=shard, token=self.token)
-        lane, there, *_ = _lane(self.path, self.timeout, call)
+        end = time.monotonic() + DYING_S
+        while True:
+            call = hello(self.client, shard=shard, token=self.token, name=self.name)
+            try:
+                lane, there, *_ = _lane(self.path, self.timeout, call)
+                break
+            except SpaceBusy:
+                # The client before this one has gone, and this shard is about to see it.
+                if time.monotonic() > end:
+                    raise
+            time.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
             # The daemon is another one by now.
             lane.close()
@@ -121,7 +134,12 @@ class _Door:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
-            self.client, shard=lane.shard, token=self.token, window_bytes=wish, resume=True
+            self.client,
+            shard=lane.shard,
+            token=self.token,
+            window_bytes=wish,
+            resume=True,
+            name=self.name,
         )
         sock, _ = open_socket(self.path, self.timeout)
         lane.reopen(sock)

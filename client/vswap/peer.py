@@ -97,6 +97,7 @@ def hello(
     token: str | None = None,
     window_bytes: int = 0,
     resume: bool = False,
+    name: str | None = None,
 ) -> Ask:
     """The first request of every connection.
 
@@ -107,6 +108,7 @@ def hello(
         token: The space that it belongs to; None: a new one.
         window_bytes: How much shared memory is wished for.
         resume: Whether it takes up what an earlier connection to this shard left.
+        name: Of the space, if it is to outlive this client.
 
     Raises:
         ValueError: `window_bytes` is negative.
@@ -120,6 +122,8 @@ def hello(
         said["token"] = token
     if window_bytes:
         said["window"] = window_bytes
+    if name is not None:
+        said["name"] = name
     if resume:
         said["resume"] = True
     return Ask(Op.HELLO, json.dumps(said).encode(), Flag.CONTROL if control else 0)

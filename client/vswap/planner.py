@@ -459,6 +459,30 @@ class Ask(Call):
         return self._answer
 
 
+class Listing(Ask):
+    """LIST: the slots that a space has on one shard, after one."""
+
+    def __init__(self, shard: int, after: int, most: int) -> None:
+        super().__init__(Op.LIST, after.to_bytes(SLOT_BYTES, "little"))
+        self._at = shard
+        self._most = most
+
+    def routes(self, home: int, shards: int) -> list[int]:
+        """The shard that is asked."""
+        del home, shards
+        return [self._at]
+
+    def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
+        """One slot; the count is how many are wanted."""
+        frame = super().frame(where, count, shard)
+        frame.count = self._most
+        return frame
+
+    def slots(self) -> U64:
+        """What was answered, ascending."""
+        return np.frombuffer(self.result(), "<u8").astype(_U64)
+
+
 def frame_limit(frame_pages: int, max_batch: int, max_frame_bytes: int) -> int:
     """Most pages in one frame: the wish, as far as the daemon's limits allow it; at least 1."""
     fits = (max_frame_bytes - HEADER_BYTES) // (PAGE_BYTES + SLOT_BYTES)

@@ -56,6 +56,9 @@ class Op(IntEnum):
     """nothing -> JSON."""
     CONTROL = 7
     """JSON {"verb": ..., ...} -> JSON. For root and the daemon's own user."""
+    LIST = 8
+    """A slot -> slots: those of the space on this shard that come after it, ascending, at most
+    `count`. Slot 0 comes before all."""
 
 
 class Flag(IntFlag):
@@ -115,6 +118,8 @@ class Status(IntEnum):
     """Page operations on a CONTROL connection."""
     SPACE_LOST = 0x20A
     """HELLO: the space that is to be taken up again is not there. Closes."""
+    SPACE_BUSY = 0x20B
+    """HELLO: the named space has a client already. Closes."""
 
     PAGE_LOST = 0x301
     """LOAD: the device failed or a checksum did not match; the reply lists the slots. The other
@@ -145,6 +150,7 @@ _CLOSING: Final = frozenset(
         Status.FRAME_TOO_LARGE,
         Status.HELLO_FIRST,
         Status.SPACE_LOST,
+        Status.SPACE_BUSY,
         Status.INTERNAL,
         Status.TOO_MANY_CONNECTIONS,
         Status.STOPPING,
@@ -262,8 +268,8 @@ def pack_header(
 def request_body_bytes(op: Op, count: int, flags: int) -> int | None:
     """How long a request's body must be, or None where it is text of any length.
 
-    Shapes: LOAD and FREE count*8; STORE count*4096, with SLOTS count*(8+4096); PING and STATUS 0.
-    With WINDOW: 8 more, and no pages.
+    Shapes: LOAD and FREE count*8; LIST 8; STORE count*4096, with SLOTS count*(8+4096); PING and
+    STATUS 0. With WINDOW: 8 more, and no pages.
     """
     window = flags & WINDOW_BIT
     match op:
@@ -274,6 +280,8 @@ def request_body_bytes(op: Op, count: int, flags: int) -> int | None:
             return count * SLOT_BYTES + (OFFSET_BYTES if window else 0)
         case Op.FREE:
             return count * SLOT_BYTES
+        case Op.LIST:
+            return SLOT_BYTES
         case Op.PING | Op.STATUS:
             return 0
         case Op.HELLO | Op.CONTROL:

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 
+import numpy as np
+
 from vswap.buffers import (
     empty_bytes,
     padded_pages_of,
@@ -27,7 +29,7 @@ from vswap.greeting import PATIENCE_S, greet
 from vswap.handle import Form, Receiver, StoredObject, take_apart
 from vswap.pages import Pages, View
 from vswap.peer import Peer, parse_document
-from vswap.planner import Ask, Free, Load, Overwrite, Store
+from vswap.planner import Ask, Free, Listing, Load, Overwrite, Store
 from vswap.protocol import PAGE_BYTES, Op
 from vswap.window import WINDOW_BYTES, Window
 
@@ -45,6 +47,7 @@ def connect(
     *,
     timeout: float | None = None,
     name: str | None = None,
+    label: str | None = None,
     window: int = WINDOW_BYTES,
     patience: float = PATIENCE_S,
 ) -> Space:
@@ -56,7 +59,10 @@ def connect(
             (/run/vswapd.sock).
         timeout: Seconds of silence after which the daemon is given up and the connection closed;
             None: wait for ever.
-        name: How the daemon's status names this client. Default: the program's name.
+        name: Of a space that outlives this client: its pages stay, and whoever of the same user
+            connects with the name again has them (see `Space.slots`), one client at a time.
+            Default: the space has none, and ends with the connection.
+        label: How the daemon's status names this client. Default: the program's name.
         window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or
             none. 0: none is asked for.
         patience: Seconds for which a daemon that has died is waited for. Where a service manager
@@ -68,7 +74,7 @@ def connect(
         ConnectionRefused: it has as many connections as it takes.
         ProtocolError: what answers is no daemon that this client can talk to.
     """
-    return Space(*greet(path, timeout, name, window=window, patience=patience))
+    return Space(*greet(path, timeout, label, window=window, patience=patience, name=name))
 
 
 class Space:
@@ -192,6 +198,25 @@ class Space:
     def _located(self, pages: Pages) -> Pages:
         return pages if self._window is None else self._window.locate(pages)
 
+    def slots(self) -> U64:
+        """All slots of this space, ascending, shape (n,): what an earlier client of it has stored.
+
+        Raises:
+            ConnectionLost: the space is gone.
+        """
+        found: list[U64] = []
+        for shard in range(self.peer.shards):
+            last = 0
+            while True:
+                call = Listing(shard, last, self.peer.max_batch)
+                self._connection.run(call)
+                some = call.slots()
+                if not len(some):
+                    break
+                found.append(some)
+                last = int(some[-1])
+        return np.concatenate(found) if found else np.empty(0, np.uint64)
+
     def status(self) -> dict[str, Any]:
         """The daemon's status document, as `vswapctl status --json` prints it."""
         call = Ask(Op.STATUS)
@@ -210,7 +235,7 @@ class Space:
         return self._connection.closed
 
     def close(self) -> None:
-        """End the connection; the daemon frees everything that this space holds."""
+        """End the connection. What this space holds is freed, unless it has a name."""
         self._connection.close()
 
     def __enter__(self) -> Self:

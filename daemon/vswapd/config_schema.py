@@ -316,6 +316,7 @@ class Server(Keys, frozen=True, kw_only=True):
     window: Size = Size(4 << 20)
     request_timeout: Seconds = Seconds(30)
     resume_timeout: Seconds = Seconds(60)
+    max_named_spaces: Annotated[int, Meta(ge=0, le=4096)] = 64
     shards: Shards = Shards(0)
 
 

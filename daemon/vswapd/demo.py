@@ -171,7 +171,7 @@ def take(programs: Sequence[live_programs.LiveProgram], pages: int) -> dict[str,
 
 def offload(socket_path: Path, name: str, captured: Capture, tick: Tick) -> tuple[Held, float]:
     """Store a program's pages in a space of their own; also the seconds that the calls took."""
-    space = vswap.connect(socket_path, name=name)
+    space = vswap.connect(socket_path, label=name)
     slots, seconds = [], 0.0
     for at in range(0, len(captured.pages), BATCH):
         batch = captured.pages[at : at + BATCH]

@@ -85,6 +85,10 @@ class OutOfServiceError(EngineError):
     status = Status.OUT_OF_SERVICE
 
 
+class NoSuchSpaceError(ArgumentError):
+    """There is no space of that name."""
+
+
 class NoSuchDeviceError(OutOfServiceError):
     """No device of that path is in use."""
 

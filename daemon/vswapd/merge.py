@@ -145,4 +145,5 @@ def _space(parts: list[SpaceState]) -> SpaceState:
         zero=sum(p.zero for p in parts),
         original_bytes=sum(p.original_bytes for p in parts),
         compressed_bytes=sum(p.compressed_bytes for p in parts),
+        attached=any(p.attached for p in parts),
     )

@@ -211,6 +211,7 @@ def _gone_on_with(config: Config, host: Host, life: Life) -> Config:
         ),
         server=msgspec.structs.replace(config.server, shards=Shards(shards)),
     )
+    base = config
     for key, value in run_time_settings(Control(life.memories[0])).items():
         try:
             changed = with_set(config, key, value)
@@ -219,6 +220,21 @@ def _gone_on_with(config: Config, host: Host, life: Life) -> Config:
             _LOG.warning("%s = %s was set at run time, and is left out: %s", key, value, error)
         else:
             config = changed
+    return _with_metrics_that_can_be_served(config, base)
+
+
+def _with_metrics_that_can_be_served(config: Config, base: Config) -> Config:
+    """Metrics as they were set at run time, if that is possible now; else as the file has them."""
+    if config.metrics == base.metrics:
+        return config
+    from vswapd.metrics import Exporter
+
+    with Exporter(dict) as exporter:
+        try:
+            exporter.apply(config.metrics.listen, config.metrics.textfile)
+        except ConfigError as error:
+            _LOG.warning("metrics were set at run time, and are left out: %s", error)
+            return dataclasses.replace(config, metrics=base.metrics)
     return config
 
 

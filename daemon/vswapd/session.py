@@ -42,8 +42,9 @@ from vswap.protocol import (
     request_body_bytes,
 )
 from vswapd.answers import Answer
+from vswapd.control import MOST_NAME
 from vswapd.driver import Task
-from vswapd.errors import ArgumentError, EngineError
+from vswapd.errors import ArgumentError, EngineError, OutOfServiceError
 from vswapd.groups import Space
 from vswapd.peer import Peer
 from vswapd.vswap import Engine, Folio
@@ -82,6 +83,8 @@ class Limits:
     max_batch: int
     max_frame: int
     max_pipeline: int
+    max_named_spaces: int = 64
+    """Of one user."""
     max_window: int = 0
     """Bytes; 0: there are no windows."""
 
@@ -224,10 +227,14 @@ class Session:
             return failure(header, Status.INTERNAL, text)
 
     def close(self) -> Task[None]:
-        """Free everything that the connection's space holds."""
+        """Free everything that the connection's space holds, unless it has a name."""
         self.window = None
         space, self.space = self.space, None
-        if space is not None:
+        if space is None:
+            return
+        if space.name and not space.closed:
+            self._context.engine.detach(space)
+        else:
             yield from self._context.engine.close_space(space)
 
     # Handlers, one per operation
@@ -243,22 +250,19 @@ class Session:
             self.joined = token is not None
             resumes = token is not None and said.get("resume") is True
             token = token or secrets.token_hex(16)
-            # Another user's space is another one, whatever token they say.
-            key = blake2b(f"{self.peer.uid} {token}".encode(), digest_size=16).hexdigest()
+            named = _space_name(said.get("name"))
+            # Another user's space is another one, whatever token or name they say.
+            of = f"{self.peer.uid} {token}" if named is None else f"{self.peer.uid} is {named}"
+            key = blake2b(of.encode(), digest_size=16).hexdigest()
             if resumes:
                 self.space = self._context.engine.reopen_space(key, pid=self.peer.pid)
                 if self.space is None:
                     return failure(header, Status.SPACE_LOST, "the space is not here any more")
                 last = self._context.engine.last_answer(self.space)
             else:
-                self.space = self._context.engine.open_space(
-                    uid=self.peer.uid,
-                    group=str(self.peer.uid),
-                    client=name,
-                    pid=self.peer.pid,
-                    key=key,
-                    joined=self.joined,
-                )
+                self.space = self._open(name, key, named or "")
+                if self.space is None:
+                    return failure(header, Status.SPACE_BUSY, f"{named} is in use")
             critical = self._context.engine.core.pressure.critical
             self.window = _window(said.get("window"), 0 if critical else limits.max_window)
         self._greeted = True
@@ -282,6 +286,42 @@ class Session:
         if self.window is not None:
             reply.descriptor = self.window.fd
         return reply
+        yield
+
+    def _open(self, client: str, key: str, name: str) -> Space | None:
+        """A space for this connection; None: the one of that name is another's at the moment.
+
+        Raises:
+            OutOfServiceError: there are too many.
+        """
+        engine = self._context.engine
+        found = engine.find_space(uid=self.peer.uid, name=name) if name else None
+        if found is not None:
+            if found.attached:
+                return None
+            found.client = client
+            return engine.reopen_space(key, number=found.id, pid=self.peer.pid)
+        most = self._context.limits.max_named_spaces
+        if name and engine.named_spaces(self.peer.uid) >= most:
+            raise OutOfServiceError(
+                f"there are {most} named spaces of this user: drop some (`vswapctl drop NAME`), "
+                "or raise server.max_named_spaces"
+            )
+        return engine.open_space(
+            uid=self.peer.uid,
+            group=str(self.peer.uid),
+            client=client,
+            pid=self.peer.pid,
+            key=key,
+            joined=self.joined,
+            name=name,
+        )
+
+    def _list(self, header: Header, body: memoryview) -> Task[Reply]:
+        assert self.space is not None
+        after = int.from_bytes(body, "little")
+        slots = self._context.engine.slots_after(self.space, after, header.count)
+        return success(header, slots.tobytes(), count=len(slots))
         yield
 
     def _ping(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
@@ -367,6 +407,7 @@ class Session:
                 Rule(Op.FREE, _free, pages=True),
                 Rule(Op.STATUS, _status),
                 Rule(Op.CONTROL, _control),
+                Rule(Op.LIST, _list, pages=True),
             )
         }
     )
@@ -460,6 +501,26 @@ def _token(said: object) -> str | None:
         return None
     if not isinstance(said, str) or len(said) != _TOKEN_DIGITS or set(said) - _HEX:
         raise ArgumentError("token: write the 32 hexadecimal digits of the space's first HELLO")
+    return said
+
+
+def _space_name(said: object) -> str | None:
+    """The name of the space that a connection wants; None: one without.
+
+    Raises:
+        ArgumentError: it is no name.
+    """
+    if said is None:
+        return None
+    if (
+        not isinstance(said, str)
+        or not said.isprintable()
+        or said != said.strip()
+        or not 1 <= len(said.encode()) <= MOST_NAME
+    ):
+        raise ArgumentError(
+            f"name: 1 to {MOST_NAME} bytes that can be printed, without blanks at the ends"
+        )
     return said
 
 

@@ -180,6 +180,7 @@ class Shard:
             max_frame=HEADER_BYTES
             + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
             max_pipeline=keys.max_pipeline,
+            max_named_spaces=keys.max_named_spaces,
             max_window=int(keys.window),
         )
         context = Context(

@@ -126,6 +126,10 @@ class SpaceState:
     """The same for all parts of a space that several shards share; empty: there is one part."""
     joined: bool
     """Whether this is a part that came after the first."""
+    name: str
+    """Of one that outlives its client; empty: it has none."""
+    attached: bool
+    """Whether a client is connected to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +198,8 @@ def take(core: Core, shrinker: Shrinker) -> Snapshot:
                 opened_at=space.opened_at,
                 key=space.key,
                 joined=space.joined,
+                name=space.name,
+                attached=space.attached,
             )
             for space in core.spaces.values()
         ),

@@ -106,8 +106,9 @@ def spaces(snapshot: Snapshot, now: float) -> dict[str, Any]:
         "spaces": [
             {
                 "id": str(space.id),
+                "name": space.name or None,
                 "client": space.client,
-                "pid": space.pid,
+                "pid": space.pid if space.attached else None,
                 "uid": space.uid,
                 "group": space.group,
                 "slots": space.slots,

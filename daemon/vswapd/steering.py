@@ -22,7 +22,7 @@ from vswapd.config import Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
 from vswapd.control import Origin
 from vswapd.driver import T, Task
-from vswapd.errors import ArgumentError, OutOfServiceError
+from vswapd.errors import ArgumentError, NoSuchSpaceError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.vswap import NO_ORIGIN, Engine
 from vswapd_backends.base import WAIT, Compute
@@ -31,6 +31,7 @@ from vswapd_blockdev.device import BlockDevice, OpenError
 _LOG: Final = logging.getLogger(__name__)
 _MOST_PRIORITY: Final = 32767
 """As swapon(8) has it."""
+_MOST_UID: Final = (1 << 32) - 1
 
 
 class Opened(NamedTuple):
@@ -293,6 +294,30 @@ class Steering:
         yield from _worker(self.devices.pop(path).device.close)
         return {"path": path, "moved_pages": moved}
 
+    # Spaces
+
+    def _drop(self, arguments: Arguments) -> Task[dict[str, Any]]:
+        name = arguments.text("name")
+        uid = arguments.number("uid", 0, most=_MOST_UID) if "uid" in arguments else None
+        arguments.end()
+        named = [
+            space
+            for space in self._engine.core.spaces.values()
+            if space.name == name and uid in {None, space.uid} and not space.closed
+        ]
+        if not named:
+            raise NoSuchSpaceError(f"there is no space {name!r}")
+        if len({space.uid for space in named}) > 1:
+            users = ", ".join(str(space.uid) for space in named)
+            raise ArgumentError(f"users {users} have a space {name!r}: say whose (uid)")
+        for space in named:
+            if space.attached:
+                raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
+        slots = sum(space.slots.slots for space in named)
+        for space in named:
+            yield from self._engine.close_space(space)
+        return {"name": name, "uid": named[0].uid, "freed_slots": slots}
+
     # Work
 
     def _writeback(self, arguments: Arguments) -> Task[dict[str, Any]]:
@@ -335,6 +360,7 @@ class Steering:
                 "compact": _compact,
                 "verify": _verify,
                 "spaces": _spaces,
+                "drop": _drop,
                 "reload": _reload,
             }
         )

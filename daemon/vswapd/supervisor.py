@@ -30,6 +30,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol
+from zlib import crc32
 
 from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
 from vswapd import shard_process, status
@@ -38,7 +39,12 @@ from vswapd.arguments import Arguments
 from vswapd.channel import Channel, ChannelClosedError
 from vswapd.config import Config, ConfigError, load
 from vswapd.config_schema import Device
-from vswapd.errors import ArgumentError, NoSuchDeviceError, OutOfServiceError
+from vswapd.errors import (
+    ArgumentError,
+    NoSuchDeviceError,
+    NoSuchSpaceError,
+    OutOfServiceError,
+)
 from vswapd.front import Front, ServiceError, Tally
 from vswapd.keeping import Keeping, KeepingError
 from vswapd.merge import merged
@@ -492,7 +498,10 @@ class Supervisor:
         self._hand_over(sock, _peek(sock) or b"")
 
     def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
-        wish, joins = parse_wish(hello)
+        wish, joins, name = parse_wish(hello)
+        if wish is None and name is not None:
+            # Whoever asks for it comes to the same shard, which knows whether it is in use.
+            wish = crc32(name.encode(errors="replace")) % len(self._children)
         most = self._config.server.max_connections
         if not joins and self._clients >= most:
             if not self._told_full:
@@ -724,6 +733,20 @@ class Supervisor:
         states = await self._states()
         return status.spaces(self._merged(states), states[0].now)
 
+    async def _drop(self, arguments: Arguments, request: dict[str, Any]) -> dict[str, Any]:
+        name = arguments.text("name")
+        # One that is in use on any shard is dropped on none.
+        for space in self._merged(await self._states()).spaces:
+            if space.name == name and space.attached and request.get("uid") in {None, space.uid}:
+                raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
+        answers = await self._ask_each([Carry(request)] * len(self._children))
+        found = [answer for answer in answers if not isinstance(answer, NoSuchSpaceError)]
+        for answer in found or answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        freed = sum(answer["freed_slots"] for answer in found)
+        return {"name": name, "uid": found[0]["uid"], "freed_slots": freed}
+
     Verb = Callable[["Supervisor", Arguments, dict[str, Any]], Awaitable[dict[str, Any]]]
     verbs: ClassVar[Mapping[str, Verb]] = MappingProxyType(
         {
@@ -734,6 +757,7 @@ class Supervisor:
             "compact": _summed,
             "verify": _verify,
             "spaces": _spaces,
+            "drop": _drop,
             "reload": _reload,
         }
     )
@@ -753,22 +777,23 @@ def _peek(sock: socket.socket) -> bytes | None:
         return b""  # gone already: a shard will find out
 
 
-def parse_wish(hello: bytes) -> tuple[int | None, bool]:
-    """The shard that a HELLO asks for, if any, and whether it joins a space.
+def parse_wish(hello: bytes) -> tuple[int | None, bool, str | None]:
+    """The shard that a HELLO asks for, if any; whether it joins a space; the space's name, if any.
 
     What is no HELLO asks for nothing: what is wrong with it is for the shard to say.
     """
     if len(hello) < HEADER_BYTES:
-        return None, False
+        return None, False, None
     length, version, op, *_ = HEADER.unpack_from(hello)
     if version != VERSION or op != Op.HELLO:
-        return None, False
+        return None, False, None
     try:
         said = json.loads(hello[HEADER_BYTES:length])
     except (ValueError, RecursionError):
-        return None, False
+        return None, False, None
     if not isinstance(said, dict):
-        return None, False
+        return None, False, None
     wish = said.get("shard")
     shard = wish if isinstance(wish, int) and not isinstance(wish, bool) else None
-    return shard, said.get("token") is not None
+    name = said.get("name")
+    return shard, said.get("token") is not None, name if isinstance(name, str) else None

@@ -48,6 +48,8 @@ from vswapd.room import Refusal, Room, reason_for
 from vswapd.settings import Settings
 from vswapd.shrinker import Shrinker
 from vswapd.swap_table import (
+    CLUSTER_SHIFT,
+    CLUSTER_SLOTS,
     UNBACKED_WORD,
     ZERO_WORD,
     Tag,
@@ -280,6 +282,40 @@ class Engine:
             ),
             None,
         )
+
+    def slots_after(self, space: Space, slot: int, most: int) -> U64:
+        """A space's slots that come after one, ascending; at most so many.
+
+        Args:
+            space: whose.
+            slot: the last one that is known already; 0: none is.
+            most: how many at most; 1 or more.
+        """
+        refuse_closed(space)
+        if not space.slots.clusters:
+            return np.empty(0, np.uint64)
+        words, clusters = self.core.table.words, self.core.clusters
+        found: list[U64] = []
+        count = 0
+        # By id: generations stand above numbers in it, so clusters are not in the ids' order.
+        firsts = clusters.ids_of(np.array(list(space.slots.clusters), np.int64) << CLUSTER_SHIFT)
+        for first in np.sort(firsts).tolist():
+            if first + CLUSTER_SLOTS <= slot:
+                continue
+            numbers = clusters.resolve(space.id, np.array([first], np.uint64)) + np.arange(
+                CLUSTER_SLOTS
+            )
+            ids = clusters.ids_of(numbers[words[numbers] != 0])
+            ids = ids[ids > slot]
+            found.append(ids)
+            count += len(ids)
+            if count >= most:
+                break
+        return np.concatenate(found)[:most] if found else np.empty(0, np.uint64)
+
+    def named_spaces(self, uid: int) -> int:
+        """How many spaces of a user have a name."""
+        return sum(bool(space.name) and space.uid == uid for space in self.core.spaces.values())
 
     def close_space(self, space: Space) -> Operation[None]:
         """Free all slots of a space, in steps, and forget it. Its slots are refused at once.

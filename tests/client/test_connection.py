@@ -399,6 +399,6 @@ def test_hello_says_who_calls(socket_path: Path) -> None:
             said.append(body)
             yield from super().answer(header, body)
 
-    with Listening(socket_path), vswap.connect(socket_path, name="probe"):
+    with Listening(socket_path), vswap.connect(socket_path, label="probe"):
         assert json.loads(said[0])["client"] == f"probe {os.getpid()}"
     assert HELLO["version"] == 1

@@ -156,7 +156,7 @@ def test_status_is_for_everybody(daemon: RunningDaemon) -> None:
 
 def test_an_unknown_operation_costs_one_reply(wire: Wire) -> None:
     """UNKNOWN_OP: the frame is passed over, whatever its body."""
-    for op in (0, 8, 99, 255):
+    for op in (0, 9, 99, 255):
         reply = wire.ask(op, b"whatever this is", count=3)
         assert (reply.status, reply.count) == (UNKNOWN_OP, 0)
         assert reply.text

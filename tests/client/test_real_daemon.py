@@ -126,7 +126,7 @@ def test_asyncio_with_many_tasks(daemon: RunningDaemon) -> None:
         await space.free(slots)
 
     async def main() -> None:
-        async with vswap.aio.connect(daemon.socket_path, timeout=60, name="tasks") as space:
+        async with vswap.aio.connect(daemon.socket_path, timeout=60, label="tasks") as space:
             async with asyncio.TaskGroup() as group:
                 for seed in range(60):
                     group.create_task(work(space, seed))

@@ -145,7 +145,7 @@ def run_overlapping(
     """
 
     async def run() -> tuple[list[str], int, int]:
-        async with vswap.aio.connect(path, name=f"client {seed}", patience=60) as space:
+        async with vswap.aio.connect(path, label=f"client {seed}", patience=60) as space:
             client = OverlappingClient(seed, space)
 
             def enough(_: int) -> bool:

@@ -149,6 +149,10 @@ class FakeDaemon:
                 return 0, json.dumps({"state": "running"}).encode(), 0, 0
             case Op.CONTROL:
                 return 0, json.dumps({"asked": json.loads(body)}).encode(), 0, 0
+            case Op.LIST:
+                after = int.from_bytes(body, "little")
+                some = sorted(slot for slot in self.pages if slot > after)[:count]
+                return 0, pack_slots(some), len(some), 0
             case Op.STORE:
                 return self._store(header, body)
             case Op.LOAD | Op.FREE:

@@ -214,6 +214,8 @@ def override(machine: Container) -> Iterator[Callable[[str], None]]:
     yield apply
     path.unlink(missing_ok=True)
     machine.run("systemctl", "daemon-reload")
+    # What was set, or swapped on, goes with the service.
+    machine.run("systemctl", "stop", "vswapd.service")
     restarted(machine)
 
 

@@ -210,9 +210,22 @@ def _add_rest(verbs: _Verbs) -> None:
         verbs,
         "spaces",
         "list all spaces: who holds how much",
-        "One line per space, the largest first.",
+        "One line per space, the largest first. One without a pid has a name and, for now, no "
+        "client.",
     )
     _add_json(spaces)
+    drop = _add(
+        verbs,
+        "drop",
+        "free a named space that nobody uses",
+        "A space with a name outlives its client, and keeps its pages until it is dropped. One "
+        "that has a client is left alone.",
+    )
+    _add_json(drop)
+    drop.add_argument("name", metavar="NAME", help="as `vswapctl spaces` has it")
+    drop.add_argument(
+        "--uid", type=int, help="whose, if several users have a space of that name", metavar="UID"
+    )
     _add(
         verbs,
         "demo",

@@ -213,13 +213,23 @@ def spaces(options: Options) -> int:
     if answer is None:
         return 0
     table = plain_table(
-        "client", "space", "pid", "user", "slots", "original", "compressed", "zero", "connected"
+        "client",
+        "name",
+        "space",
+        "pid",
+        "user",
+        "slots",
+        "original",
+        "compressed",
+        "zero",
+        "connected",
     )
     for space in sorted(answer["spaces"], key=lambda space: -space["original_bytes"]):
         table.add_row(
             Text(safe(space["client"]) or "unnamed"),
+            Text(safe(space["name"] or "")),
             space["id"],
-            str(space["pid"]),
+            "-" if space["pid"] is None else str(space["pid"]),
             _user(space["uid"]),
             f"{space['slots']:,}",
             human_size(space["original_bytes"]),
@@ -228,6 +238,15 @@ def spaces(options: Options) -> int:
             human_duration(space["connected_s"]),
         )
     _console(WIDE_COLUMNS).print(table if table.rows else "none")
+    return 0
+
+
+def drop(options: Options) -> int:
+    """Free a named space that nobody uses."""
+    whose = {} if options.uid is None else {"uid": options.uid}
+    answer = _ask(options, "drop", name=options.name, **whose)
+    if answer is not None:
+        print(f"{answer['name']}: dropped, {answer['freed_slots']:,} slots were freed")
     return 0
 
 
@@ -263,6 +282,7 @@ VERBS: Final[Mapping[str, Callable[[Options], int]]] = MappingProxyType(
         "compact": compact,
         "verify": verify,
         "spaces": spaces,
+        "drop": drop,
         "demo": demo,
         "completion": completion,
     }

@@ -34,6 +34,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
         "spaces": [
             {
                 "id": "1",
+                "name": "cache",
                 "client": "small 1\x1b[2J",
                 "pid": 77,
                 "uid": 0,
@@ -46,8 +47,9 @@ ANSWERS: dict[str, dict[str, Any]] = {
             },
             {
                 "id": "2",
+                "name": None,
                 "client": "large 2",
-                "pid": 78,
+                "pid": None,
                 "uid": 4294967294,
                 "group": "4294967294",
                 "slots": 20000,
@@ -255,13 +257,23 @@ def test_spaces_are_a_table(daemon: Daemon, run: Run) -> None:
     code, out, _ = run("spaces")
     assert code == 0
     lines = out.splitlines()
-    large = "large 2 2 78 4294967294 20,000 78.1 MiB 1.00 MiB 0 1 h"
+    large = "large 2 2 - 4294967294 20,000 78.1 MiB 1.00 MiB 0 1 h"
     assert " ".join(lines[1].split()) == large
     assert "root" in lines[2]
+    assert "cache" in lines[2]
     assert "1 min 1 s" in lines[2]
     assert "\x1b" not in out
     daemon.answers["spaces"] = {"spaces": []}
     assert run("spaces")[1] == "none\n"
+
+
+def test_a_named_space_is_dropped(daemon: Daemon, run: Run) -> None:
+    """By its name, and by whose it is where that is said."""
+    daemon.answers["drop"] = {"name": "cache", "uid": 7, "freed_slots": 12345}
+    assert run("drop", "cache")[1] == "cache: dropped, 12,345 slots were freed\n"
+    assert daemon.asked[-1] == {"verb": "drop", "name": "cache"}
+    assert run("drop", "cache", "--uid", "7")[0] == 0
+    assert daemon.asked[-1] == {"verb": "drop", "name": "cache", "uid": 7}
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def status_of(reply: Reply) -> Status:
     return Status(status)
 
 
-OPS = st.sampled_from([*Op, 0, 8, 255])
+OPS = st.sampled_from([*Op, 0, 9, 255])
 NUMBERS = st.one_of(st.integers(0, 70), st.sampled_from([4096, 1 << 20, (1 << 32) - 1]))
 BODIES = st.one_of(
     st.binary(max_size=200),

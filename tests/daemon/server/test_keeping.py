@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -283,6 +284,28 @@ def test_a_setting_that_no_longer_fits_is_left_out(manager: ServiceManager) -> N
     manager.settings += ["shrinker.low_watermark=89%"]
     manager.restart()
     assert "shrinker.high_watermark" in manager.log
+
+
+def test_metrics_that_cannot_be_served_any_more_are_left_out(manager: ServiceManager) -> None:
+    """Somebody has taken the port meanwhile: the daemon starts, and has all pages."""
+    with socket.socket() as taken, connected(manager) as space:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.close()
+        slots = space.store(noise(5))
+        with Control(manager.socket_path) as control:
+            control.call("set", key="metrics.listen", value=f"127.0.0.1:{port}")
+        manager.kill()
+        manager.start()
+        assert status(manager)["settings"]["metrics.listen"] == f"127.0.0.1:{port}"
+        manager.kill()
+        with socket.socket() as somebody:
+            somebody.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            somebody.bind(("127.0.0.1", port))
+            somebody.listen()
+            manager.start()
+        assert "metrics were set at run time, and are left out" in manager.log
+        assert space.load(slots) == noise(5)
 
 
 def test_without_a_keeper_it_says_so_once() -> None:

@@ -104,24 +104,26 @@ def hello(said: object, *, op: int = Op.HELLO, flags: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("frame", "wish"),
     [
-        (hello({"shard": 2}), (2, False)),
-        (hello({"shard": 0, "token": "ab"}), (0, True)),
-        (hello({}), (None, False)),
-        (hello({}, flags=Flag.CONTROL), (None, False)),
-        (hello({"shard": True}), (None, False)),
-        (hello({"shard": "1"}), (None, False)),
-        (hello([1]), (None, False)),
-        (hello(b"{"), (None, False)),
-        (hello(b"[" * 3000), (None, False)),
-        (hello(b"\xff\xfe"), (None, False)),
-        (hello({"shard": 1}, op=Op.PING), (None, False)),
-        (hello({"shard": 1})[:-1], (None, False)),
-        (hello({"shard": 1}) + b"more behind it", (1, False)),
-        (b"", (None, False)),
-        (b"GET / HTTP/1.1\r\n\r\n", (None, False)),
-        (np.random.default_rng(0).bytes(4096), (None, False)),
+        (hello({"shard": 2}), (2, False, None)),
+        (hello({"shard": 0, "token": "ab"}), (0, True, None)),
+        (hello({}), (None, False, None)),
+        (hello({}, flags=Flag.CONTROL), (None, False, None)),
+        (hello({"shard": True}), (None, False, None)),
+        (hello({"shard": "1"}), (None, False, None)),
+        (hello([1]), (None, False, None)),
+        (hello(b"{"), (None, False, None)),
+        (hello(b"[" * 3000), (None, False, None)),
+        (hello(b"\xff\xfe"), (None, False, None)),
+        (hello({"shard": 1}, op=Op.PING), (None, False, None)),
+        (hello({"shard": 1})[:-1], (None, False, None)),
+        (hello({"shard": 1}) + b"more behind it", (1, False, None)),
+        (b"", (None, False, None)),
+        (b"GET / HTTP/1.1\r\n\r\n", (None, False, None)),
+        (np.random.default_rng(0).bytes(4096), (None, False, None)),
     ],
 )
-def test_a_hello_says_where_it_wants_to_go(frame: bytes, wish: tuple[int | None, bool]) -> None:
+def test_a_hello_says_where_it_wants_to_go(
+    frame: bytes, wish: tuple[int | None, bool, str | None]
+) -> None:
     """The shard of a whole HELLO is found; what is none asks for nothing, and nothing is raised."""
     assert parse_wish(frame) == wish

@@ -1,0 +1,221 @@
+"""Spaces with a name: they outlive their clients, one user's never being another's."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import random
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import vswap
+import vswap.aio
+from support.daemon import RunningDaemon, running_daemon
+from support.service_manager import service
+from support.wire import BAD_ARGUMENT, HELLO, SPACE_BUSY, Wire
+from vswap.control import Control
+
+PAGE = 4096
+NOBODY = 65534
+FORK = multiprocessing.get_context("fork")
+
+
+def noise(count: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(count * PAGE)
+
+
+@pytest.fixture(params=[1, 3])
+def daemon(request: pytest.FixtureRequest) -> Iterator[RunningDaemon]:
+    settings = ("pool.max=64M", f"server.shards={request.param}", "server.socket_mode=0666")
+    with running_daemon(*settings, "server.max_named_spaces=5") as running:
+        os.chmod(running.directory, 0o755)
+        yield running
+
+
+def store_and_stay(path: Path, pipe: Connection) -> None:
+    """A client that keeps its pages, and waits to be killed."""
+    with vswap.connect(path, name="cache") as space:
+        pipe.send(space.store(noise(900)).tolist())
+        pipe.recv()
+
+
+def test_pages_are_there_for_the_next_client(daemon: RunningDaemon) -> None:
+    """Closed or killed: whoever says the name has all slots, and their pages."""
+    here, there = FORK.Pipe()
+    client = FORK.Process(target=store_and_stay, args=(daemon.socket_path, there))
+    client.start()
+    slots = here.recv()
+    client.kill()
+    client.join()
+    with vswap.connect(daemon.socket_path, name="cache") as space:
+        assert sorted(slots) == space.slots().tolist()
+        assert space.load(slots) == noise(900)
+        space.free(slots[:300])
+        more = space.store(noise(5, 1)).tolist()
+    with vswap.connect(daemon.socket_path, name="cache") as space:
+        assert space.slots().tolist() == sorted(slots[300:] + more)
+        assert space.load(slots[300:] + more) == noise(900)[300 * PAGE :] + noise(5, 1)
+    with vswap.connect(daemon.socket_path, name="other") as space:
+        assert not len(space.slots())
+        with pytest.raises(vswap.BadSlot):
+            space.load(more)
+
+
+def test_all_slots_are_listed(daemon: RunningDaemon) -> None:
+    """In pieces, ascending, whatever was freed in between; of every kind, also rejected ones."""
+    chooser = random.Random(3)
+    with vswap.connect(daemon.socket_path, name="many") as space:
+        held: set[int] = set()
+        for _ in range(6):
+            held |= set(space.store(bytes(3000 * PAGE)).tolist())
+            gone = chooser.sample(sorted(held), 1500)
+            space.free(gone)
+            held -= set(gone)
+        assert space.slots().tolist() == sorted(held)
+        one = min(held)
+        with Control(daemon.socket_path) as control:
+            control.call("set", key="store.enabled", value="false")
+            with pytest.raises(vswap.Rejected):
+                space.store(noise(1), slots=[one])
+            control.call("set", key="store.enabled", value="true")
+        assert space.slots().tolist() == sorted(held)
+    with vswap.connect(daemon.socket_path) as nameless:
+        assert not len(nameless.slots())
+
+
+def test_the_same_for_asyncio(daemon: RunningDaemon) -> None:
+    """A name, all slots, and the next client."""
+
+    async def main() -> None:
+        async with vswap.aio.connect(daemon.socket_path, name="tasks") as space:
+            slots = await space.store(noise(600))
+        async with vswap.aio.connect(daemon.socket_path, name="tasks") as space:
+            assert (await space.slots()).tolist() == sorted(slots.tolist())
+            assert await space.load(slots) == noise(600)
+
+    asyncio.run(main())
+
+
+def test_one_client_at_a_time(daemon: RunningDaemon) -> None:
+    """The second one is told so; and may come when the first has gone."""
+    with vswap.connect(daemon.socket_path, name="mine") as space:
+        slots = space.store(noise(600))
+        for _ in range(3):
+            with pytest.raises(vswap.SpaceBusy, match="in use"):
+                vswap.connect(daemon.socket_path, name="mine")
+        assert space.load(slots) == noise(600)
+    for _ in range(5):
+        with vswap.connect(daemon.socket_path, name="mine") as space:
+            assert space.load(slots) == noise(600)
+
+
+def as_nobody(path: Path, pipe: Connection) -> None:
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    with vswap.connect(path, name="shared?") as space:
+        pipe.send(space.slots().tolist())
+        space.store(noise(3))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="being another user needs root")
+def test_another_users_name_is_another_space(daemon: RunningDaemon) -> None:
+    """They neither see each other's pages nor are in each other's way; a drop says whose."""
+    with vswap.connect(daemon.socket_path, name="shared?") as space:
+        space.store(noise(10))
+        here, there = FORK.Pipe()
+        other = FORK.Process(target=as_nobody, args=(daemon.socket_path, there))
+        other.start()
+        assert here.recv() == []
+        other.join()
+        assert len(space.slots()) == 10
+    with Control(daemon.socket_path) as control:
+        with pytest.raises(vswap.BadArgument, match="say whose"):
+            control.call("drop", name="shared?")
+        assert control.call("drop", name="shared?", uid=NOBODY)["freed_slots"] == 3
+        assert control.call("drop", name="shared?")["freed_slots"] == 10
+
+
+def test_spaces_are_listed_and_dropped(daemon: RunningDaemon) -> None:
+    """With their names; one in use is left alone, one that there is not is refused."""
+    with Control(daemon.socket_path) as control:
+        with vswap.connect(daemon.socket_path, name="cache", label="me") as space:
+            slots = space.store(noise(700))
+            (listed,) = control.call("spaces")["spaces"]
+            assert (listed["name"], listed["pid"]) == ("cache", os.getpid())
+            with pytest.raises(vswap.OutOfService, match=f"in use by pid {os.getpid()}"):
+                control.call("drop", name="cache")
+            assert space.load(slots) == noise(700)
+        while control.call("spaces")["spaces"][0]["pid"] is not None:
+            pass  # the daemon is about to see that the client has gone
+        assert control.call("drop", name="cache")["freed_slots"] == 700
+        assert control.call("spaces")["spaces"] == []
+        assert control.status()["slots"]["allocated"] == 0
+        with pytest.raises(vswap.BadArgument, match="no space 'cache'"):
+            control.call("drop", name="cache")
+        assert control.call("verify")["ok"]
+
+
+def test_there_are_only_so_many(daemon: RunningDaemon) -> None:
+    """server.max_named_spaces, of one user; those that there are can still be had."""
+    made: list[str] = []
+    with pytest.raises(vswap.OutOfService, match="max_named_spaces"):
+        open_many(daemon, made)
+    assert 5 <= len(made) <= 15  # of each shard
+    for name in made:
+        vswap.connect(daemon.socket_path, name=name).close()
+
+
+def open_many(daemon: RunningDaemon, made: list[str]) -> None:
+    for number in range(100):
+        vswap.connect(daemon.socket_path, name=f"cache {number}").close()
+        made.append(f"cache {number}")
+
+
+@pytest.mark.parametrize("name", ["", " x", "x ", "a\nb", "\x00", "x" * 256, 7, ["x"]])
+def test_what_is_no_name_is_refused(daemon: RunningDaemon, name: object) -> None:
+    """Nothing is opened, and the daemon says what a name is."""
+    import json
+
+    with Wire(daemon.socket_path) as wire:
+        reply = wire.ask(HELLO, json.dumps({"name": name}).encode())
+        assert reply.status == BAD_ARGUMENT
+        assert wire.hello()["space"]
+
+
+def test_the_wire_says_who_is_busy(daemon: RunningDaemon) -> None:
+    """SPACE_BUSY closes the connection; nothing else happens."""
+    with Wire(daemon.socket_path) as first, Wire(daemon.socket_path) as second:
+        first.hello(name="x")
+        assert second.ask(HELLO, b'{"name": "x"}').status == SPACE_BUSY
+        second.assert_closed()
+        first.assert_in_step()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_names_outlive_the_daemon(shards: int) -> None:
+    """Killed with or without a client: the name leads to the pages, and nobody frees them."""
+    with service(f"server.shards={shards}", "server.resume_timeout=50ms") as manager:
+        with vswap.connect(manager.socket_path, name="kept") as space:
+            slots = space.store(noise(500))
+            manager.kill()
+            manager.start()
+            assert space.load(slots) == noise(500)
+        manager.kill()
+        manager.start()
+        with Wire(manager.socket_path) as nameless:
+            nameless.hello()
+            assert nameless.store(noise(5)).status == 0
+            manager.kill()
+        manager.start()
+        with Control(manager.socket_path) as control:
+            while len(control.call("spaces")["spaces"]) > 1:
+                pass  # the one without a name is freed, and not the other
+        with vswap.connect(manager.socket_path, name="kept") as space:
+            assert space.slots().tolist() == sorted(slots.tolist())
+            assert space.load(slots) == noise(500)
+            with Control(manager.socket_path) as control:
+                assert control.call("verify")["ok"]

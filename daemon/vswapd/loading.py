@@ -67,12 +67,29 @@ class Loading:
             self._core.table.words[numbers] = with_reference(words)
         else:
             try:
-                pages = yield from self._load_mixed(slots, numbers, words)
+                pages = yield from self._load_moving(space, slots, numbers, words)
             finally:
                 # What was pinned meanwhile may be something to do for the shrinker now.
                 self._nudge()
         self._core.stats.load_pages += len(pages)
         return pages
+
+    def _load_moving(
+        self, space: Space, slots: U64, numbers: I64, words: U64
+    ) -> Operation[list[bytes | memoryview]]:
+        """As `_load_mixed`, of pages that may be on their way from where they could not be read."""
+        while True:
+            pages, lost = yield from self._load_mixed(slots, numbers, words)
+            if not lost:
+                return pages
+            which = np.unique(lost)
+            stays = self._core.words_now(numbers[which]) == words[which]
+            if stays.any():
+                raise self._lost(np.unique(slots[which[stays]]))
+            # All of them have moved while their device was read: they are somewhere else.
+            refuse_closed(space)
+            numbers = self._core.clusters.resolve(space.id, slots)
+            words = self._core.table.words[numbers]
 
     def _load_one(self, space: Space, slots: U64) -> bytes | None:
         """One page in numbers of Python's: a fifth of the time. None: it is not that simple."""
@@ -110,7 +127,8 @@ class Loading:
 
     def _load_mixed(
         self, slots: U64, numbers: I64, words: U64
-    ) -> Operation[list[bytes | memoryview]]:
+    ) -> Operation[tuple[list[bytes | memoryview], list[int]]]:
+        """The pages, and the indices of those that could not be had."""
         if not words.all():
             raise bad_slots(slots[words == 0])
         tags = tags_of(words)
@@ -137,11 +155,11 @@ class Loading:
         if len(on_device):
             lost += yield from self._load_phys(numbers, words, on_device, pages)
         if lost:
-            raise self._lost(np.unique(slots[sorted(set(lost))]))
+            return pages, lost
         table = self._core.table.words
         same = numbers[(self._core.words_now(numbers) == words) & (tags != Tag.ZERO)]
         table[same] = with_reference(table[same])
-        return pages
+        return pages, []
 
     def _load_phys(
         self, numbers: I64, words: U64, which: I64, pages: list[bytes | memoryview]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from support.engine import KINDS, MIB, Rig, make_engine, page, pages_of
+from support.interleaving import start
 from support.pages import STATES, put_in_state
 from vswapd.errors import BadSlotError, PageLostError, UnbackedError
 from vswapd.groups import Space
@@ -213,3 +214,36 @@ def test_every_load_from_a_device_is_verified() -> None:
         with pytest.raises(PageLostError) as caught:
             rig.load(space, [slot])
         assert caught.value.slots.tolist() == [slot]
+
+
+@pytest.mark.parametrize("how", ["overwritten", "drained"])
+def test_a_page_that_moved_while_its_device_failed_is_not_lost(how: str) -> None:
+    """A load looks again where the page is now; one that is still there is lost, and it alone."""
+    rig = make_engine(devices=[8])
+    space = rig.space()
+    pages = pages_of("mixed", 40)
+    slots = rig.put(space, pages)
+    rig.writeback()
+    assert set(rig.tags(slots)) == {Tag.PHYS}
+    load, other = start(rig.engine.load(space, slots[:1])), start(rig.engine.load(space, slots))
+    load.until_io()
+    other.until_io()
+    (device,) = rig.devices
+    if how == "overwritten":
+        pages[0] = page("text", 99)
+        rig.store(space, pages[:1], slots[:1])
+    else:
+        drain = start(rig.engine.swapoff(device.path))
+        while rig.tags(slots[:1]) == [Tag.PHYS]:
+            drain.advance()
+            drain.perform()
+    device.fails = lambda kind, _: kind == "read"
+    assert [bytes(got) for got in load.finish()] == pages[:1]
+    if how == "overwritten":
+        with pytest.raises(PageLostError) as caught:
+            other.finish()
+        assert set(caught.value.slots.tolist()) == set(slots[1:].tolist())
+    else:
+        assert [bytes(got) for got in other.finish()] == pages
+        device.fails = None
+        drain.finish()

@@ -55,6 +55,10 @@ KILLS ?= 1000
 torture: $(VENV)/stamp ## kill the daemon KILLS= times in the middle of everything (SEED= does it again)
 	VSWAPD_KILLS=$(KILLS) $(if $(SEED),VSWAPD_SEED=$(SEED)) $(BIN)/python -m pytest -s tests/torture
 
+.PHONY: simulate
+simulate: $(VENV)/stamp ## the engine in a simulated world: random seeds for SECONDS=, or one SEED=
+	PYTHONPATH=tests SECONDS=$(or $(SECONDS),60) SEED=$(SEED) $(BIN)/python -m simulation
+
 .PHONY: bench
 bench: $(VENV)/stamp ## run the benchmarks, each beside its target
 	$(BIN)/python -m bench

@@ -54,6 +54,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "messages",
         "merge",
         "acceptor",
+        "trouble",
     ),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These

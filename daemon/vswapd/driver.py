@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import queue
 import threading
@@ -28,9 +27,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
+from vswapd.trouble import Trouble
 from vswapd_backends.base import PAUSE, WAIT, Breath, Compute, IoBatch, StuckError, Submit
 
-_LOG: Final = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IO_DEPTH: Final = 4
@@ -192,6 +191,7 @@ class Driver:
         self.lock: Final = FairLock()
         self._devices: Final = _Workers("vswapd-io", depth)
         self._computers: Final = _Workers("vswapd-compute", COMPUTE_DEPTH)
+        self._trouble: Final = Trouble()
         # All that follows is guarded by the lock.
         self._epoch = 0
         """How often a task that had to wait for something has moved on."""
@@ -369,8 +369,13 @@ class Driver:
             return None
         hands = min(len(requests), self._devices.depth)
         return self._devices.submit(
-            [IoBatch(requests[hand::hands]).perform for hand in range(hands)]
+            [partial(self._perform, IoBatch(requests[hand::hands])) for hand in range(hands)]
         )
+
+    def _perform(self, batch: IoBatch) -> None:
+        """In a worker: the requests of a batch, and a word about those that fail."""
+        batch.perform()
+        self._trouble.of_devices(batch.requests)
 
     # News
 

@@ -17,7 +17,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from time import perf_counter
 from types import MappingProxyType
@@ -47,6 +47,7 @@ from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError, OutOfServiceError
 from vswapd.groups import Space
 from vswapd.peer import Peer
+from vswapd.trouble import Trouble
 from vswapd.vswap import Engine, Folio
 from vswapd.window import Window
 from vswapd_backends.base import U64, Compute
@@ -144,6 +145,7 @@ class Context:
     """Whether spaces are there again after this process has died."""
     kept: bool = False
     """Whether they are also after the whole daemon has ended."""
+    trouble: Trouble = field(default_factory=Trouble)
 
 
 _CHANGES: Final = frozenset({int(Op.STORE), int(Op.FREE)})
@@ -220,6 +222,8 @@ class Session:
         try:
             return (yield from self.rules[header.op].handler(self, header, body))
         except EngineError as error:
+            if error.status is Status.PAGE_LOST:
+                self._context.trouble.of_pages(self.peer.name, error)
             return failure(header, error.status, str(error), error.slots)
         except Exception:  # noqa: BLE001 - a border: one connection ends, and it is logged
             _LOG.exception("a request of %s failed by a mistake of ours", self.peer.name)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final, NoReturn, Self
+from typing import Any, Final, NoReturn, Self
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ import pytest
 import vswap
 from support.daemon import RunningDaemon, running_daemon
 from vswap.control import Control
+from vswapd_blockdev.device import EXTENT_BYTES
 
 PAGE: Final = 4096
 MIB: Final = 1 << 20
@@ -35,9 +38,9 @@ def daemon(request: pytest.FixtureRequest) -> Iterator[RunningDaemon]:
 class Stored:
     """Pages of two spaces, most of them on a device."""
 
-    def __init__(self, daemon: RunningDaemon, path: Path, size: int = 32 * MIB) -> None:
+    def __init__(self, daemon: RunningDaemon, path: Path, **swapon: Any) -> None:
         self.control = Control(daemon.socket_path)
-        self.control.call("swapon", path=str(path), size=size)
+        self.control.call("swapon", path=str(path), **({"size": 32 * MIB} | swapon))
         self.spaces = [vswap.connect(daemon.socket_path) for _ in range(2)]
         self.contents = [content_of(number) for number in range(PAGES)]
         half = PAGES // 2
@@ -55,15 +58,25 @@ class Stored:
 
     def lost(self) -> int:
         """Load every page by itself: how many are lost. All others are what was stored."""
-        count, number = 0, 0
+        return len(self.lost_numbers())
+
+    def lost_numbers(self) -> set[int]:
+        """The same: which."""
+        found, number = set(), 0
         for space, slots in zip(self.spaces, self.slots, strict=True):
             for slot in slots:
                 try:
                     assert space.load([slot]) == self.contents[number]
                 except vswap.PageLost as error:
-                    count += error.slots.tolist() == [slot]
+                    if error.slots.tolist() == [slot]:
+                        found.add(number)
                 number += 1
-        return count
+        return found
+
+    def at(self, number: int) -> tuple[vswap.Space, int]:
+        """Where a page is stored."""
+        which, index = divmod(number, PAGES // 2)
+        return self.spaces[which], self.slots[which][index]
 
     def __enter__(self) -> Self:
         return self
@@ -94,6 +107,7 @@ def test_flipped_bytes_lose_pages_and_nothing_else(daemon: RunningDaemon, tmp_pa
         # A byte in 16 of a block's encryption garbles 16: it may hit two neighbours.
         assert 1 <= lost <= 2 * flips
         assert stored.control.status()["traffic"]["lost_pages"] >= lost
+        assert "such requests so far" in daemon.log
         for space, slots in zip(stored.spaces, stored.slots, strict=True):
             with pytest.raises(vswap.PageLost):
                 space.load(slots)
@@ -128,7 +142,7 @@ def test_a_file_that_was_cut_loses_what_is_gone(daemon: RunningDaemon, tmp_path:
 def test_a_disk_that_is_full_keeps_pages_in_ram(daemon: RunningDaemon, small_disk: Path) -> None:
     """The space of discarded extents was taken by somebody: writes fail, and nothing is lost."""
     path = small_disk / "swap"
-    with Stored(daemon, path, 24 * MIB) as stored:
+    with Stored(daemon, path, size=24 * MIB) as stored:
         stored.write_back()
         # Back in RAM: the device's extents are discarded, and their space is free for others.
         for index, (space, slots) in enumerate(zip(stored.spaces, stored.slots, strict=True)):
@@ -146,6 +160,98 @@ def test_a_disk_that_is_full_keeps_pages_in_ram(daemon: RunningDaemon, small_dis
         (small_disk / "somebody's").unlink()
         stored.control.call("swapoff", path=str(path))
         assert stored.lost() == 0
+
+
+def test_a_disk_whose_reads_fail(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """First some, then all, of a real disk: just the pages there are lost, and the journal says it.
+
+    A loop device answers with EIO where the file behind it has ended.
+    """
+    behind = tmp_path / "behind"
+    with (
+        loop_device(behind, 32 * MIB) as path,
+        Stored(daemon, path, size=None, encrypt=False) as stored,
+    ):
+        on_device = stored.write_back(4 * MIB)["phys"]
+        image = behind.read_bytes()
+        places = {
+            number: at
+            for number, content in enumerate(stored.contents)
+            if (at := image.find(content[64:128])) >= 0
+        }
+        # A page may have been written twice, by a merge of extents; not here.
+        assert len(places) == on_device
+        assert stored.lost() == 0
+        cut = sorted(places.values())[on_device // 2] // EXTENT_BYTES * EXTENT_BYTES
+        os.truncate(behind, cut)
+        hit = {number for number, at in places.items() if at >= cut}
+        assert 0 < len(hit) < on_device
+        assert stored.lost_numbers() == hit
+        assert f"{path}: reads fail" in daemon.log
+        assert "Input/output error" in daemon.log
+        os.truncate(behind, 0)
+        assert stored.lost_numbers() == set(places)
+        status = stored.control.status()
+        assert status["devices"][0]["state"] == "failing"
+        assert status["devices"][0]["read_errors"] >= len(hit)
+        # What is told once is not told again with each page.
+        assert daemon.log.count("reads fail") < 20 * 3
+        stored.control.call("swapon", path=str(tmp_path / "other"), size=32 * MIB)
+        with pytest.raises(vswap.OutOfService):
+            stored.control.call("swapoff", path=str(path))
+        assert stored.lost_numbers() == set(places)
+        # Overwritten, nothing of them is on the bad device any more: it can go.
+        for number in places:
+            space, slot = stored.at(number)
+            space.store(stored.contents[number], slots=[slot])
+        stored.control.call("swapoff", path=str(path))
+        assert stored.lost() == 0
+        assert stored.control.call("verify")["ok"]
+
+
+def test_a_disk_whose_writes_fail(daemon: RunningDaemon, small_disk: Path, tmp_path: Path) -> None:
+    """Nothing is lost; it is said, not tried over and over, and another device takes the pages.
+
+    A loop device answers so where there is no room for the file behind it: with EIO, or ENOSPC.
+    """
+    with (
+        loop_device(small_disk / "behind", 64 * MIB) as path,
+        Stored(daemon, path, size=None) as stored,
+    ):
+        with pytest.raises(OSError, match="space"):
+            fill(small_disk / "somebody's")
+        assert stored.write_back()["phys"] == 0
+        device = stored.control.status()["devices"][0]
+        assert device["state"] == "failing"
+        assert 0 < device["write_errors"] <= 16 * 3
+        assert f"{path}: writes fail" in daemon.log
+        assert re.search("Input/output error|No space left", daemon.log)
+        assert stored.lost() == 0
+        again = stored.control.status()["devices"][0]
+        assert again["write_errors"] == device["write_errors"]
+        other = str(tmp_path / "other")
+        stored.control.call("swapon", path=other, size=32 * MIB, priority=5)
+        stored.write_back()  # what was loaded a moment ago gets a second chance, once
+        assert stored.write_back()["phys"] == PAGES
+        stored.control.call("swapoff", path=str(path))
+        assert stored.lost() == 0
+        assert stored.control.call("verify")["ok"]
+
+
+@contextlib.contextmanager
+def loop_device(behind: Path, size: int) -> Iterator[Path]:
+    """A block device over a sparse file."""
+    behind.touch()
+    os.truncate(behind, size)
+    command = ["losetup", "--find", "--show", str(behind)]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"hardware: no loop devices here: {tried.stderr.strip()}")
+    path = Path(tried.stdout.strip())
+    try:
+        yield path
+    finally:
+        subprocess.run(["losetup", "--detach", str(path)], check=True)
 
 
 def fill(path: Path) -> NoReturn:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from vswapd.clusters import slots_of
 from vswapd.core import Core
@@ -57,6 +58,14 @@ _MERGE_AT_ONCE: Final = 8
 """Sparse extents that are read to be merged into one: 2 MiB of buffers."""
 
 
+class _StuckError(SwapoffError):
+    """Pages of one extent cannot be moved by anybody; others can."""
+
+    def __init__(self, text: str, moved: int = 0) -> None:
+        super().__init__(text)
+        self.moved = moved
+
+
 class _Moving:
     """Live entries of one extent that was read."""
 
@@ -77,13 +86,18 @@ class _Moving:
         parts = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         return Compressed(pool, b"".join(parts), lengths, int(lengths.sum()))
 
-    def sound(self) -> bool:
-        """Whether every entry agrees with its check."""
+    def pick(self, which: npt.NDArray[np.bool_]) -> _Moving:
+        """Only those entries."""
+        return _Moving(self.number, self.image, self.directory.pick(which), self.words[which])
+
+    def sound(self) -> npt.NDArray[np.bool_]:
+        """Which entries agree with their checks; shape (n,)."""
         starts = self.directory.offsets + CHECK_BYTES
         ends = starts + self.directory.lengths
         bodies = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         checks = get_checks(np.frombuffer(self.image, np.uint8), self.directory.offsets)
-        return bool((digests(bodies) == checks).all())
+        agree: npt.NDArray[np.bool_] = digests(bodies) == checks
+        return agree
 
 
 class DeviceMoves:
@@ -106,27 +120,49 @@ class DeviceMoves:
         if device.draining:
             raise SwapoffError(f"{path} is being drained already")
         device.draining = True
-        moved = 0
         try:
-            while True:
-                self._fallback.leave(device)
-                extents = np.flatnonzero(device.live_entries)
-                if not len(extents):
-                    if device.pins.any() or device.discarding:
-                        # Requests of others that are still under way.
-                        yield WAIT
-                        continue
-                    if not device.discards:
-                        break
-                    yield from devices.discard()
-                    continue
-                moved += yield from self._drain(device, int(extents[0]))
+            moved = yield from self._empty(device)
         except BaseException:
             device.draining = False
             raise
         devices.remove(device)
         self._core.control.forget_device(device.index)
         return moved
+
+    def _empty(self, device: SwapDevice) -> Operation[int]:
+        """Move everything from a device; returns how many pages.
+
+        Raises:
+            SwapoffError: some cannot be moved, or there is no room. The rest has been.
+        """
+        moved = 0
+        stuck: dict[int, _StuckError] = {}
+        """By extent: what is left there cannot be moved."""
+        while True:
+            self._fallback.leave(device)
+            live = np.flatnonzero(device.live_entries).tolist()
+            extents = [extent for extent in live if extent not in stuck]
+            if extents:
+                try:
+                    moved += yield from self._drain(device, extents[0])
+                except _StuckError as error:
+                    moved += error.moved
+                    stuck[extents[0]] = error
+            elif live:
+                raise self._stuck(device, stuck[live[0]], moved)
+            elif device.pins.any() or device.discarding:
+                # Requests of others that are still under way.
+                yield WAIT
+            elif device.discards:
+                yield from self._core.devices.discard()
+            else:
+                return moved
+
+    @staticmethod
+    def _stuck(device: SwapDevice, first: _StuckError, moved: int) -> SwapoffError:
+        """The error for what is left when all that can be moved has been."""
+        left = int(device.live_entries.sum())
+        return SwapoffError(f"{first}; {moved} page(s) were moved, {left} such are left on it")
 
     def _drain(self, device: SwapDevice, extent: int) -> Operation[int]:
         number = device.number_of(extent)
@@ -139,13 +175,23 @@ class DeviceMoves:
         try:
             moving = yield from self._read(number)
             if moving is None:
-                raise SwapoffError(
+                raise _StuckError(
                     f"{device.device.path}: {int(device.live_entries[extent])} page(s) in extent "
-                    f"{extent} cannot be read; the device stays in use"
+                    f"{extent} cannot be read; the device stays in use until they are freed or "
+                    "overwritten"
                 )
             return (yield from self._move(moving, device, extent))
         finally:
             devices.unpin(number)
+
+    def _to_pool(self, moving: _Moving, compressed: Compressed, group: Group) -> int:
+        """Entries that have room there; returns how many have moved."""
+        core = self._core
+        numbers = moving.directory.numbers
+        places = core.zswap.append(group.index, numbers, compressed, core.clock())
+        flipped = core.flip(numbers, moving.words, Tag.ZSWAP, places, group)
+        self._give_up_unflipped(places, flipped)
+        return len(flipped)
 
     def _move(self, moving: _Moving, device: SwapDevice, extent: int) -> Operation[int]:
         """To the pool if it has room, else to another device."""
@@ -156,21 +202,22 @@ class DeviceMoves:
         if not len(compressed):
             return 0
         sound = moving.sound()
-        if sound and self._pool_takes(group, compressed):
-            places = core.zswap.append(
-                group.index, moving.directory.numbers, compressed, core.clock()
-            )
-            flipped = core.flip(moving.directory.numbers, moving.words, Tag.ZSWAP, places, group)
-            self._give_up_unflipped(places, flipped)
-            return len(flipped)
+        if sound.all() and self._pool_takes(group, compressed):
+            return self._to_pool(moving, compressed, group)
         left = core.budget_left()
         if left is not None and left < SEGMENT_BYTES:
             raise SwapoffError(f"{device.device.path}: the write budget is spent; it stays in use")
         target = yield from self._writeback.take_extent(stream)
-        if target is None and not sound:
-            raise SwapoffError(
+        if target is None and not sound.all():
+            good = moving.pick(sound)
+            some = good.compressed(stream[0])
+            moved = 0
+            if len(some) and self._pool_takes(group, some):
+                moved = self._to_pool(good, some, group)
+            raise _StuckError(
                 f"{device.device.path}: pages in extent {extent} are damaged, and loads from the "
-                "pool would not notice; the device stays in use: add another to move them to"
+                "pool would not notice; the device stays in use: add another to move them to",
+                moved,
             )
         if target is None:
             raise SwapoffError(

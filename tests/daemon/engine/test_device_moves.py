@@ -140,14 +140,34 @@ def test_damaged_entries_do_not_become_other_bytes_by_swapoff() -> None:
     rig.writeback()
     for index in (3, 25):
         rig.damage(int(slots[index]), byte=60)
-    with pytest.raises(SwapoffError, match="damaged"):
+    with pytest.raises(SwapoffError, match=r"damaged.*38 page\(s\) were moved, 2 such are left"):
         rig.swapoff(rig.devices[0])
+    assert [i for i, tag in enumerate(rig.tags(slots)) if tag == Tag.PHYS] == [3, 25]
     expected = [None if i in {3, 25} else page for i, page in enumerate(pages)]
     assert rig.peek(space, slots) == expected
     other = rig.swapon(8)
     rig.swapoff(rig.devices[0])
     assert rig.devices == [other]
     assert rig.peek(space, slots) == expected
+
+
+def test_swapoff_moves_all_that_can_be_read() -> None:
+    """What cannot keeps the device in use until it is overwritten; everything else is elsewhere."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 400)
+    device = rig.devices[0]
+    second = device.reads + 2
+    device.fails = lambda kind, nth: kind == "read" and nth in {second - 1, second + 1}
+    with pytest.raises(SwapoffError, match="cannot be read"):
+        rig.swapoff(device)
+    left = [i for i, tag in enumerate(rig.tags(slots)) if tag == Tag.PHYS]
+    assert 0 < len(left) < 300
+    assert int(rig.device_of(device).live_entries.astype(bool).sum()) == 2
+    device.fails = lambda kind, nth: kind == "read"
+    rig.store(space, [pages[i] for i in left], slots[left])
+    rig.swapoff(device)
+    assert rig.load(space, slots) == pages
 
 
 @pytest.mark.parametrize("where", ["header", "directory"])

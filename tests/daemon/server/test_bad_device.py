@@ -114,6 +114,7 @@ def test_flipped_bytes_lose_pages_and_nothing_else(daemon: RunningDaemon, tmp_pa
         # In the pool nobody would notice what is damaged: it needs another device to go to.
         with pytest.raises(vswap.OutOfService, match="are damaged"):
             stored.control.call("swapoff", path=str(path))
+        assert stored.control.status()["slots"]["phys"] == lost
         assert stored.lost() == lost
         stored.control.call("swapon", path=str(tmp_path / "other"), size=32 * MIB)
         stored.control.call("swapoff", path=str(path))

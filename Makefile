@@ -57,7 +57,7 @@ torture: $(VENV)/stamp ## kill the daemon KILLS= times in the middle of everythi
 
 .PHONY: simulate
 simulate: $(VENV)/stamp ## the engine in a simulated world: random seeds for SECONDS=, or one SEED=
-	PYTHONPATH=tests SECONDS=$(or $(SECONDS),60) SEED=$(SEED) $(BIN)/python -m simulation
+	PYTHONPATH=tests SECONDS=$(or $(SECONDS),60) SEED=$(SEED) MOMENTS=$(or $(MOMENTS),1500) $(BIN)/python -m simulation
 
 .PHONY: bench
 bench: $(VENV)/stamp ## run the benchmarks, each beside its target

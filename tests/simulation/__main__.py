@@ -9,13 +9,13 @@ import time
 
 from simulation.world import simulate
 
-MOMENTS = 1500
+MOMENTS = int(os.environ.get("MOMENTS", "1500"))
 
 
 def main() -> None:
     """Simulate, and say how much."""
     if seed := os.environ.get("SEED"):
-        world = simulate(int(seed), int(os.environ.get("MOMENTS", MOMENTS)))
+        world = simulate(int(seed), MOMENTS)
         print(f"seed {seed}: {world.pages:,} pages, {world.kills} kills, trace {world.trace}")
         return
     seconds = float(os.environ.get("SECONDS", "60"))
@@ -33,7 +33,7 @@ def main() -> None:
     minutes = (time.monotonic() - begun) / 60
     print(
         f"{runs} seeds: {pages:,} pages stored, loaded and freed ({pages / minutes:,.0f} per "
-        f"minute on {cores} cores), {kills} kills, {lost} lost pages that were really hit"
+        f"minute on {cores} cores), {kills} kills, {lost} lost pages, each hit by a fault"
     )
 
 

@@ -175,6 +175,9 @@ class Connection:
         limit = None if self._timeout is None else self._timeout * 1000
         poll = select.poll()
         by_fd = {lane.sock.fileno(): lane for lane in lanes}
+        # One for each before there are more for the first: its daemon may be quick to take them.
+        for lane in lanes:
+            lane.push(call, 1)
         while True:
             dropped = 0
             for fd, lane in by_fd.items():

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 
 from vswap.conversation import Conversation
 from vswap.errors import Broken, Stopping, TimedOut
+from vswap.protocol import MAX_BATCH
 from vswap.window import receive
 
 if TYPE_CHECKING:
@@ -161,14 +162,21 @@ class Lane:
 
     # For several: without waiting
 
-    def push(self, call: Call) -> bool:
+    def push(self, call: Call, most: int = MAX_BATCH) -> bool:
         """Send what is to be sent; False: there is more, once the socket can take it.
+
+        Args:
+            call: whose frames.
+            most: how many of them at most.
 
         Raises:
             ConnectionLost, ProtocolError: as `exchange`.
         """
         while True:
             if not self._outgoing:
+                if not most:
+                    return True
+                most -= 1
                 self._outgoing = self.conversation.request(call, self.shard) or []
                 if not self._outgoing:
                     return True

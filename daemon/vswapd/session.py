@@ -255,6 +255,9 @@ class Session:
             resumes = token is not None and said.get("resume") is True
             token = token or secrets.token_hex(16)
             named = _space_name(said.get("name"))
+            critical = self._context.engine.core.pressure.critical
+            size = _window_bytes(said.get("window"), 0 if critical else limits.max_window)
+            # Nothing is wrong from here on: who is refused may greet again, and has no space yet.
             # Another user's space is another one, whatever token or name they say.
             of = f"{self.peer.uid} {token}" if named is None else f"{self.peer.uid} is {named}"
             key = blake2b(of.encode(), digest_size=16).hexdigest()
@@ -267,8 +270,7 @@ class Session:
                 self.space = self._open(name, key, named or "")
                 if self.space is None:
                     return failure(header, Status.SPACE_BUSY, f"{named} is in use")
-            critical = self._context.engine.core.pressure.critical
-            self.window = _window(said.get("window"), 0 if critical else limits.max_window)
+            self.window = _window(size)
         self._greeted = True
         answer = {
             "version": VERSION,
@@ -469,17 +471,21 @@ def _object(body: memoryview) -> dict[str, Any]:
     return found
 
 
-def _window(wish: object, most: int) -> Window | None:
-    """A window as large as is wished for and may be; None: none is wished for, or to be had.
+def _window_bytes(wish: object, most: int) -> int:
+    """How large a window is that is as large as is wished for and may be; 0: none.
 
     Raises:
         ArgumentError: the wish makes no sense.
     """
     if wish is None:
-        return None
+        return 0
     if not isinstance(wish, int) or isinstance(wish, bool) or wish < 0:
         raise ArgumentError(f"window: {wish!r}: write bytes")
-    size = min(-(-wish // PAGE_BYTES) * PAGE_BYTES, most)
+    return min(-(-wish // PAGE_BYTES) * PAGE_BYTES, most)
+
+
+def _window(size: int) -> Window | None:
+    """A window; None: none is wanted, or to be had."""
     if not size:
         return None
     try:

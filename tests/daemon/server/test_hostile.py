@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Final
 import pytest
 
 from support.daemon import RunningDaemon, running_daemon
-from support.wire import LOAD, STATUS, STORE, Wire, noise, pack
+from support.wire import BAD_ARGUMENT, HELLO, LOAD, PING, STATUS, STORE, Wire, noise, pack
 
 BUFFERS: Final = 8 << 20
 HOSTILE: Final = 12
@@ -135,6 +137,74 @@ def test_a_connection_that_says_nothing_stays(daemon: RunningDaemon) -> None:
         good.hello()
         work(good, 20)
         quiet.assert_in_step()
+
+
+def test_descriptors_that_are_received_are_gone_at_once(daemon: RunningDaemon) -> None:
+    """With every piece of what is sent, half a frame included: nobody holds them any more.
+
+    A pipe has its end when nobody holds the end for writing.
+    """
+    with Wire(daemon.socket_path) as good, Wire(daemon.socket_path) as wire:
+        good.hello()
+        wire.hello()
+        reader, writer = os.pipe()
+        for frame in (*[wire.frame(PING)] * 5, wire.frame(STORE, noise(1), count=1)[:99]):
+            socket.send_fds(wire.socket, [frame], [writer] * 100)
+        os.close(writer)
+        for _ in range(5):
+            assert wire.reply().status == 0
+        work(good, 5)
+        with open(reader, "rb") as pipe:
+            assert pipe.read() == b""
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_descriptors_that_are_never_received_go_with_their_connection(*, itself: bool) -> None:
+    """Also if one of them keeps the connection itself open: then until it is cut off."""
+    settings = ("server.request_timeout=500ms", "server.max_batch=256", "pool.max=8M")
+    with running_daemon(*settings) as daemon, Wire(daemon.socket_path) as good:
+        good.hello()
+        reader, writer = os.pipe()
+        with Wire(daemon.socket_path) as wire:
+            wire.hello()
+            # Its replies are not read, so the daemon reads no more from it either.
+            slots = wire.store(noise(64)).slots * 4
+            frame = wire.frame(LOAD, pack(slots), count=len(slots))
+            gifts = [writer, wire.socket.fileno()] if itself else [writer]
+            wire.socket.setblocking(False)
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    socket.send_fds(wire.socket, [frame], gifts)
+                    sent += 1
+            assert sent > 10
+            os.close(writer)
+            work(good, 5)
+        with open(reader, "rb") as pipe:
+            assert pipe.read() == b""
+        while good.ask(STATUS).json["clients"] != 1:
+            pass
+        work(good, 5)
+
+
+@pytest.mark.parametrize("name", [{}, {"name": "kept"}])
+def test_a_greeting_that_is_refused_opens_nothing(
+    daemon: RunningDaemon, name: dict[str, str]
+) -> None:
+    """However often a client greets wrongly, it has one space, and none once it has gone."""
+    with Wire(daemon.socket_path) as good:
+        good.hello()
+        before = good.ask(STATUS).json["spaces"]
+        with Wire(daemon.socket_path) as wire:
+            for _ in range(20):
+                said = json.dumps({"window": -1, **name}).encode()
+                assert wire.ask(HELLO, said).status == BAD_ARGUMENT
+            assert good.ask(STATUS).json["spaces"] == before
+            wire.hello()
+            assert good.ask(STATUS).json["spaces"] == before + 1
+        while good.ask(STATUS).json["clients"] != 1:
+            pass
+        assert good.ask(STATUS).json["spaces"] == before
 
 
 def test_connections_that_come_and_go_leave_nothing(daemon: RunningDaemon) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import json
 import mmap
+import multiprocessing
 import os
 import socket
 import struct
-import threading
 from collections.abc import Iterator
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -34,6 +37,8 @@ from support.wire import (
 
 IN_WINDOW = 2
 SIZE = 1 << 20
+SCRIBBLED = b"\x11\x22\xee"
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # of fallocate(2)
 
 
 class Windowed(Wire):
@@ -166,36 +171,73 @@ def test_nobody_can_take_the_window_away(daemon: RunningDaemon) -> None:
         assert wire.store_at(0, 4).status == 0
 
 
+def _scribble(memory: mmap.mmap, ready: Event, stop: Event) -> None:
+    """Write in all of the window without end. In a process of its own, which shares the memory."""
+    fills = [bytes([value]) * SIZE for value in SCRIBBLED]
+    while not stop.is_set():
+        for fill in fills:
+            memory[:] = fill
+        ready.set()
+
+
 def test_scribbling_meanwhile_harms_nobody_else(daemon: RunningDaemon) -> None:
-    """A client that changes the window while it is read gets some page of its own, and no other."""
+    """A client that changes the window while it is read gets some page of its own, and no other.
+
+    Each byte is one of those that were written there, the same each time it is loaded.
+    """
     with Windowed(daemon.socket_path) as wire, Wire(daemon.socket_path) as other:
         other.hello()
-        pages = noise(64)
-        theirs = other.store(pages).slots
-        stop = threading.Event()
-        memory = wire.memory
-        assert memory is not None
-
-        def scribble() -> None:
-            fills = [bytes([value]) * SIZE for value in range(256)]
-            number = 0
-            while not stop.is_set():
-                number = (number + 1) % 256
-                memory[:] = fills[number]
-
-        scribbler = threading.Thread(target=scribble)
+        theirs = noise(64)
+        kept = other.store(theirs).slots
+        assert wire.memory is not None
+        wire.memory[:] = bytes([SCRIBBLED[0]]) * SIZE
+        fork = multiprocessing.get_context("fork")
+        ready, stop = fork.Event(), fork.Event()
+        scribbler = fork.Process(target=_scribble, args=(wire.memory, ready, stop), daemon=True)
         scribbler.start()
+        torn = 0
         try:
-            for _ in range(50):
+            assert ready.wait(30)
+            for _ in range(100):
                 slots = wire.store_at(0, 64).slots
                 mine = wire.load(slots).body
-                # Each page is made of what was written, in whatever mixture.
                 assert len(mine) == 64 * 4096
-                assert other.load(theirs).body == pages
+                assert set(mine) <= set(SCRIBBLED)
+                torn += len(set(mine)) > 1
+                assert wire.load(slots).body == mine
+                # Into memory that somebody writes in, too: nobody knows what is there then.
+                assert wire.load_at(0, slots).status == 0
+                assert wire.load(slots).body == mine
+                assert wire.free(slots).status == 0
+                assert other.load(kept).body == theirs
         finally:
             stop.set()
             scribbler.join()
+        assert torn, "nothing was written while the window was read: this has tested nothing"
         assert other.done("verify")["ok"]
+
+
+def test_a_window_that_its_client_gave_up_still_works(daemon: RunningDaemon) -> None:
+    """Unmapped and closed at the other end, or with holes in it, it is the daemon's to read."""
+    with Windowed(daemon.socket_path) as wire:
+        assert wire.memory is not None
+        pages = noise(16)
+        wire.memory[: len(pages)] = pages
+        slots = wire.store_at(0, 16).slots
+        libc = ctypes.CDLL(None, use_errno=True)
+        hole = (ctypes.c_long(4096), ctypes.c_long(8 * 4096))
+        assert libc.fallocate(wire.fds[0], PUNCH_HOLE | KEEP_SIZE, *hole) == 0
+        stored = wire.store_at(0, 16).slots
+        expected = pages[:4096] + bytes(8 * 4096) + pages[9 * 4096 :]
+        assert wire.load(stored).body == expected
+        beyond = (ctypes.c_long(SIZE), ctypes.c_long(1 << 30))
+        assert libc.fallocate(wire.fds[0], KEEP_SIZE, *beyond) == -1
+        assert ctypes.get_errno() == errno.EPERM
+        wire.memory.close()
+        wire.memory = None
+        os.close(wire.fds.pop())
+        assert wire.load_at(0, slots).status == 0
+        assert wire.load(wire.store_at(0, 16).slots).body == pages
 
 
 def test_windows_leave_nothing_behind(daemon: RunningDaemon) -> None:

@@ -59,6 +59,15 @@ torture: $(VENV)/stamp ## kill the daemon KILLS= times in the middle of everythi
 simulate: $(VENV)/stamp ## the engine in a simulated world: random seeds for SECONDS=, or one SEED=
 	PYTHONPATH=tests SECONDS=$(or $(SECONDS),60) SEED=$(SEED) MOMENTS=$(or $(MOMENTS),1500) $(BIN)/python -m simulation
 
+# Another stamp: few want it, and not every Python has it.
+$(VENV)/fuzz: $(VENV)/stamp
+	$(BIN)/python $(PIP_INSTALL) --group fuzz
+	touch $@
+
+.PHONY: fuzz
+fuzz: $(VENV)/fuzz ## let hostile clients loose on the daemon for SECONDS=, guided by coverage (JOBS= at a time)
+	$(BIN)/python tests/torture/fuzz.py --seconds $(or $(SECONDS),900) $(if $(JOBS),--jobs $(JOBS))
+
 .PHONY: bench
 bench: $(VENV)/stamp ## run the benchmarks, each beside its target
 	$(BIN)/python -m bench

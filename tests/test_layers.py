@@ -55,6 +55,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "merge",
         "acceptor",
         "trouble",
+        "compressor",
+        "turns",
     ),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These

@@ -134,6 +134,19 @@ class Breath(Enum):
 WAIT: Final = Breath.WAIT
 PAUSE: Final = Breath.PAUSE
 
+SHORT_PAGES: Final = 128
+"""Requests of up to so many pages are carried out in one go: a client's frame is no larger."""
+TURN_PAGES: Final = 64
+"""Pages that are decompressed in one turn of a larger request: 0.17 ms with lz4."""
+
+
+def turns_of(count: int, pages: int = TURN_PAGES) -> list[slice]:
+    """The turns, of so many pages each, in which a request for `count` pages is carried out."""
+    if count <= SHORT_PAGES:
+        return [slice(0, count)]
+    return [slice(first, min(first + pages, count)) for first in range(0, count, pages)]
+
+
 T = TypeVar("T")
 
 

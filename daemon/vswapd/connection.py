@@ -43,8 +43,9 @@ HIGH_WATER: Final = 512 * 1024
 the socket has something to take while the next one is made."""
 _TURN_BYTES: Final = 1 << 20
 """Most bytes of one frame that are received in one turn: 0.2 ms."""
-_MOST_PARTS: Final = 1024
-"""IOV_MAX of sendmsg(2)."""
+_TURN_PARTS: Final = 128
+"""Most parts of a reply that are sent in one turn: 0.3 ms if they are pages. Unlike the socket's
+buffer this bounds it: a client on another core takes them while they are sent."""
 _INT: Final = struct.Struct("i")
 _EMPTY: Final = memoryview(b"")
 _NOTHING: Final = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
@@ -323,7 +324,7 @@ class Connection:
             while out:
                 first = out[0]
                 parts = first.parts
-                some = parts if len(parts) <= _MOST_PARTS else parts[:_MOST_PARTS]
+                some = parts if len(parts) <= _TURN_PARTS else parts[:_TURN_PARTS]
                 if first.descriptor is None:
                     sent = self._sock.sendmsg(some, (), socket.MSG_NOSIGNAL)
                 else:
@@ -340,7 +341,11 @@ class Connection:
                         self._lost()
                         return
                 else:
+                    # No more in this turn: what the client takes meanwhile would be sent in morsels
+                    # while all others wait; the loop comes back when most of the socket is free.
                     _drop(parts, sent)
+                    self._write(True)
+                    return
         except (BlockingIOError, InterruptedError):
             self._write(True)
         except OSError:

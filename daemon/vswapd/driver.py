@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
 from vswapd.trouble import Trouble
+from vswapd.turns import Turns
 from vswapd_backends.base import PAUSE, WAIT, Breath, Compute, IoBatch, StuckError, Submit
 
 T = TypeVar("T")
@@ -192,6 +193,7 @@ class Driver:
         self._devices: Final = _Workers("vswapd-io", depth)
         self._computers: Final = _Workers("vswapd-compute", COMPUTE_DEPTH)
         self._trouble: Final = Trouble()
+        self._turns: Final = Turns()
         # All that follows is guarded by the lock.
         self._epoch = 0
         """How often a task that had to wait for something has moved on."""
@@ -245,9 +247,11 @@ class Driver:
             mistake: BaseException | None = None
             try:
                 if need is PAUSE:
-                    await asyncio.sleep(0)
+                    await self._turns.mine()
                 elif need is WAIT:
                     mistake = await _once(loop, partial(self._subscribe, epoch))
+                elif isinstance(need, Compute) and not need.slow:
+                    need.perform()
                 else:
                     flight = self._begin(need, begun)
                     if flight is not None:

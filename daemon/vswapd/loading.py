@@ -33,7 +33,7 @@ from vswapd.swap_table import (
     tags_of,
     with_reference,
 )
-from vswapd_backends.base import I64, U64, IoBatch, Operation
+from vswapd_backends.base import I64, PAUSE, SHORT_PAGES, U64, IoBatch, Operation, turns_of
 from vswapd_backends.codec import CorruptError
 from vswapd_backends.zero import ZERO_PAGE
 from vswapd_backends.zswap import decode
@@ -57,6 +57,14 @@ class Loading:
             page = self._load_one(space, slots)
             if page is not None:
                 return [page]
+        if len(slots) > SHORT_PAGES:
+            pages = yield from self._load_in_turns(space, slots)
+        else:
+            pages = yield from self._load_at_once(space, slots)
+        self._core.stats.load_pages += len(pages)
+        return pages
+
+    def _load_at_once(self, space: Space, slots: U64) -> Operation[list[bytes | memoryview]]:
         numbers = self._core.clusters.resolve(space.id, slots)
         words = self._core.table.words[numbers]
         if all_tagged(words, Tag.ZSWAP):
@@ -65,31 +73,69 @@ class Loading:
             except CorruptError as error:
                 raise self._lost(slots[error.indices]) from None
             self._core.table.words[numbers] = with_reference(words)
-        else:
-            try:
-                pages = yield from self._load_moving(space, slots, numbers, words)
-            finally:
-                # What was pinned meanwhile may be something to do for the shrinker now.
-                self._nudge()
-        self._core.stats.load_pages += len(pages)
+            return pages
+        pages, lost = yield from self._load_moving(space, slots)
+        if len(lost):
+            raise self._lost(lost)
+        return pages
+
+    def _load_in_turns(self, space: Space, slots: U64) -> Operation[list[bytes | memoryview]]:
+        """What is in RAM first, a turn at a time; then what is on devices, read in one go.
+
+        Others may move pages between turns: each is looked for when it is its turn.
+        """
+        numbers = self._core.clusters.resolve(space.id, slots)
+        _refuse_missing(slots, self._core.table.words[numbers])
+        pages: list[bytes | memoryview] = []
+        away: list[int] = []
+        lost: list[int] = []
+        for turn in turns_of(len(slots)):
+            first = turn.start
+            if first:
+                yield PAUSE
+                refuse_closed(space)
+            numbers = self._core.clusters.resolve(space.id, slots[turn])
+            words = self._core.table.words[numbers]
+            _refuse_missing(slots[turn], words)
+            tags = tags_of(words)
+            some, unreadable = self._read_here(words, tags)
+            pages += some
+            lost += [first + index for index in unreadable]
+            away += (first + np.flatnonzero(tags == Tag.PHYS)).tolist()
+            numbers = numbers[tags == Tag.ZSWAP]
+            self._core.table.words[numbers] = with_reference(self._core.table.words[numbers])
+        gone = slots[lost]
+        if away:
+            found, more = yield from self._load_moving(space, slots[away])
+            gone = np.concatenate([gone, more])
+            for index, page in zip(away, found, strict=True):
+                pages[index] = page
+        if len(gone):
+            raise self._lost(np.unique(gone))
         return pages
 
     def _load_moving(
-        self, space: Space, slots: U64, numbers: I64, words: U64
-    ) -> Operation[list[bytes | memoryview]]:
-        """As `_load_mixed`, of pages that may be on their way from where they could not be read."""
-        while True:
-            pages, lost = yield from self._load_mixed(slots, numbers, words)
-            if not lost:
-                return pages
-            which = np.unique(lost)
-            stays = self._core.words_now(numbers[which]) == words[which]
-            if stays.any():
-                raise self._lost(np.unique(slots[which[stays]]))
-            # All of them have moved while their device was read: they are somewhere else.
-            refuse_closed(space)
-            numbers = self._core.clusters.resolve(space.id, slots)
-            words = self._core.table.words[numbers]
+        self, space: Space, slots: U64
+    ) -> Operation[tuple[list[bytes | memoryview], U64]]:
+        """As `_load_mixed`, of pages that may be on their way from where they could not be read.
+
+        Returns:
+            the pages, and the slots of those that could not be had.
+        """
+        try:
+            while True:
+                numbers = self._core.clusters.resolve(space.id, slots)
+                words = self._core.table.words[numbers]
+                pages, lost = yield from self._load_mixed(slots, numbers, words)
+                which = np.unique(np.array(lost, np.int64))
+                stays = self._core.words_now(numbers[which]) == words[which]
+                if not lost or stays.any():
+                    return pages, np.unique(slots[which[stays]])
+                # All of them have moved while their device was read: they are somewhere else.
+                refuse_closed(space)
+        finally:
+            # What was pinned meanwhile may be something to do for the shrinker now.
+            self._nudge()
 
     def _load_one(self, space: Space, slots: U64) -> bytes | None:
         """One page in numbers of Python's: a fifth of the time. None: it is not that simple."""
@@ -129,28 +175,10 @@ class Loading:
         self, slots: U64, numbers: I64, words: U64
     ) -> Operation[tuple[list[bytes | memoryview], list[int]]]:
         """The pages, and the indices of those that could not be had."""
-        if not words.all():
-            raise bad_slots(slots[words == 0])
+        _refuse_missing(slots, words)
         tags = tags_of(words)
-        unbacked = tags == Tag.UNBACKED
-        if unbacked.any():
-            raise UnbackedError(
-                f"{int(unbacked.sum())} slot(s) have no content, first "
-                f"{int(slots[unbacked][0]):#x}: their last store was rejected, store them again",
-                slots[unbacked],
-            )
-        pages: list[bytes | memoryview] = [ZERO_PAGE] * len(slots)
-        lost: list[int] = []
-        in_pool = np.flatnonzero(tags == Tag.ZSWAP)
-        if len(in_pool):
-            # Before the device is waited for: these words are true now.
-            try:
-                some = self._read_zswap(words[in_pool])
-            except CorruptError as error:
-                lost += in_pool[error.indices].tolist()
-            else:
-                for index, page in zip(in_pool.tolist(), some, strict=True):
-                    pages[index] = page
+        # Before the device is waited for: these words are true now.
+        pages, lost = self._read_here(words, tags)
         on_device = np.flatnonzero(tags == Tag.PHYS)
         if len(on_device):
             lost += yield from self._load_phys(numbers, words, on_device, pages)
@@ -159,6 +187,19 @@ class Loading:
         table = self._core.table.words
         same = numbers[(self._core.words_now(numbers) == words) & (tags != Tag.ZERO)]
         table[same] = with_reference(table[same])
+        return pages, []
+
+    def _read_here(self, words: U64, tags: I64) -> tuple[list[bytes | memoryview], list[int]]:
+        """As `_load_mixed`, of what is in RAM; a zero page stands for what is on devices."""
+        pages: list[bytes | memoryview] = [ZERO_PAGE] * len(words)
+        in_pool = np.flatnonzero(tags == Tag.ZSWAP)
+        if len(in_pool):
+            try:
+                some = self._read_zswap(words[in_pool])
+            except CorruptError as error:
+                return pages, in_pool[error.indices].tolist()
+            for index, page in zip(in_pool.tolist(), some, strict=True):
+                pages[index] = page
         return pages, []
 
     def _load_phys(
@@ -178,16 +219,37 @@ class Loading:
         self._fallback.close_idle()
         lost = [int(which[i]) for i, entry in enumerate(entries) if entry is None]
         for pool in np.unique(pools).tolist():
-            mine = [i for i in np.flatnonzero(pools == pool).tolist() if entries[i] is not None]
-            found = [entry for i in mine if (entry := entries[i]) is not None]
+            there = [i for i in np.flatnonzero(pools == pool).tolist() if entries[i] is not None]
             codec = self._core.zswap.pools[pool].codec
-            try:
-                decoded = decode(codec, found, places.length[mine])
-            except CorruptError as error:
-                lost += [int(which[mine[i]]) for i in error.indices]
-                continue
-            for index, page in zip(mine, decoded, strict=True):
-                pages[int(which[index])] = page
+            for turn in turns_of(len(there)):
+                if turn.start:
+                    yield PAUSE  # the entries are copies, and nobody's but ours
+                mine = there[turn]
+                found = [entry for i in mine if (entry := entries[i]) is not None]
+                try:
+                    decoded = decode(codec, found, places.length[mine])
+                except CorruptError as error:
+                    lost += [int(which[mine[i]]) for i in error.indices]
+                    continue
+                for index, page in zip(mine, decoded, strict=True):
+                    pages[int(which[index])] = page
         self._core.stats.swapin_pages += len(which) - len(lost)
         self._shrinker.protect(int(places.length.sum()))
         return lost
+
+
+def _refuse_missing(slots: U64, words: U64) -> None:
+    """Raise if some slots have no page.
+
+    Raises:
+        BadSlotError, UnbackedError: they have none.
+    """
+    if not words.all():
+        raise bad_slots(slots[words == 0])
+    unbacked = tags_of(words) == Tag.UNBACKED
+    if unbacked.any():
+        raise UnbackedError(
+            f"{int(unbacked.sum())} slot(s) have no content, first "
+            f"{int(slots[unbacked][0]):#x}: their last store was rejected, store them again",
+            slots[unbacked],
+        )

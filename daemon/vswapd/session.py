@@ -19,7 +19,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from time import perf_counter
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Protocol
 
@@ -42,27 +41,22 @@ from vswap.protocol import (
     request_body_bytes,
 )
 from vswapd.answers import Answer
+from vswapd.compressor import Compressor
 from vswapd.control import MOST_NAME
 from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError, OutOfServiceError
 from vswapd.groups import Space
 from vswapd.peer import Peer
 from vswapd.trouble import Trouble
-from vswapd.vswap import Engine, Folio
+from vswapd.vswap import Engine
 from vswapd.window import Window
-from vswapd_backends.base import U64, Compute
+from vswapd_backends.base import PAUSE, U64, Compute, turns_of
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST_NAME: Final = 64
 _TOKEN_DIGITS: Final = 32
 _HEX: Final = frozenset("0123456789abcdef")
 _SLOTS: Final = np.dtype("<u8")
-
-_SLOW_S: Final = 0.008
-"""A folio that takes longer to compress is compressed in a worker: all connections would wait. A
-worker costs 50 us and takes turns with the loop for the interpreter, so that short ones lose."""
-_UNKNOWN_S: Final = 0.001
-"""What a page is thought to cost before the codec was measured."""
 
 
 @dataclass(slots=True)
@@ -105,32 +99,6 @@ class Steering(Protocol):
 
     def carry_out(self, request: dict[str, Any]) -> Task[dict[str, Any]]:
         """Do what a CONTROL request asks for; raises EngineError if that fails."""
-
-
-class Compressor:
-    """Splits and compresses folios outside the lock, and in a worker where that takes long."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._page_s: dict[str, float] = {}
-        """Seconds per page, by codec: a running mean."""
-
-    def prepare(self, pages: memoryview) -> Task[Folio]:
-        """See Engine.prepare; `pages` must stay as they are until the task goes on."""
-        codec = self._engine.core.settings.codec
-        count = len(pages) // PAGE_BYTES
-        known = self._page_s.get(codec, _UNKNOWN_S)
-
-        def compress() -> Folio:
-            begun = perf_counter()
-            folio = self._engine.prepare(pages)
-            cost = (perf_counter() - begun) / count
-            self._page_s[codec] = cost + 0.9 * (self._page_s.get(codec, cost) - cost)
-            return folio
-
-        work = Compute(compress, count * known > _SLOW_S)
-        yield work
-        return work.result()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,17 +305,26 @@ class Session:
     def _store(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
         slots: U64 | None = None
-        pages: memoryview = body
+        pages: memoryview | None = body
         if header.flags & WINDOW_BIT:
-            # A copy: the client may change the window while we look at it.
-            pages = memoryview(self._in_window(body, header.count))
+            window, offset = self._window_and_offset(body)
+            window.check(offset, header.count)
+            pages = None
             body = body[OFFSET_BYTES:]
         if header.flags & SLOTS_BIT:
             end = header.count * SLOT_BYTES
             slots = np.frombuffer(body[:end], _SLOTS)
-            if not header.flags & WINDOW_BIT:
+            if pages is not None:
                 pages = body[end:]
-        folio = yield from self._context.compressor.prepare(pages)
+
+        def read(turn: slice) -> memoryview:
+            if pages is None:
+                # A copy: the client may change the window while we look at it.
+                at = offset + turn.start * PAGE_BYTES
+                return memoryview(window.take(at, turn.stop - turn.start))
+            return pages[turn.start * PAGE_BYTES : turn.stop * PAGE_BYTES]
+
+        folio = yield from self._context.compressor.prepare(header.count, read)
         if self._context.resumable:
             folio.request = header.request_id
         stored = yield from self._context.engine.store(self.space, folio, slots)
@@ -373,7 +350,10 @@ class Session:
         slots = np.frombuffer(body, _SLOTS)
         pages = yield from self._context.engine.load(self.space, slots)
         if window is not None:
-            window.put(offset, pages)
+            for turn in turns_of(len(pages)):
+                if turn.start:
+                    yield PAUSE
+                window.put(offset + turn.start * PAGE_BYTES, pages[turn])
             return success(header, count=len(pages))
         size = len(pages) * PAGE_BYTES
         head = pack_header(Op.LOAD, size, count=len(pages), request_id=header.request_id)
@@ -383,10 +363,6 @@ class Session:
         if self.window is None:
             raise ArgumentError("this connection has no window: ask for one in HELLO")
         return self.window, int.from_bytes(body[:OFFSET_BYTES], "little")
-
-    def _in_window(self, body: memoryview, count: int) -> bytes:
-        window, offset = self._window_and_offset(body)
-        return window.take(offset, count)
 
     def _free(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None

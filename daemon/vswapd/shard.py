@@ -24,6 +24,7 @@ from typing import Final
 from vswap.protocol import HEADER_BYTES, MAX_TEXT_BYTES, PAGE_BYTES, SLOT_BYTES
 from vswapd import __version__, session
 from vswapd.beside import beside
+from vswapd.compressor import Compressor
 from vswapd.config import Config
 from vswapd.control import KeptDevice
 from vswapd.driver import Driver, Pending, T, Task
@@ -36,7 +37,7 @@ from vswapd.lost_device import LostDevice
 from vswapd.memory import ShardMemory
 from vswapd.peer import Peer
 from vswapd.server import Server
-from vswapd.session import Compressor, Context, Limits, Session
+from vswapd.session import Context, Limits, Session
 from vswapd.settings import Settings
 from vswapd.shrinker_thread import ShrinkerThread
 from vswapd.steering import OpenDevice, Opened, Steering, Surroundings

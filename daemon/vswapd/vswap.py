@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
-from vswap.protocol import MAX_BATCH, Reason
+from vswap.protocol import Reason
 from vswapd import snapshot as snapshots
 from vswapd.answers import Answer
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
@@ -37,6 +36,7 @@ from vswapd.errors import (
     OutOfServiceError,
 )
 from vswapd.fallback import Fallback
+from vswapd.folio import Folio, prepare
 from vswapd.groups import Space, refuse_closed
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
@@ -57,41 +57,17 @@ from vswapd.swap_table import (
 )
 from vswapd.verify import VerifyReport, verify
 from vswapd.writeback import Cause, Stop, Writeback, Written
-from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, U64, Operation, Places, T
+from vswapd_backends.base import I64, PAUSE, U64, Operation, Places, T
 from vswapd_backends.codec import UnknownCodecError
-from vswapd_backends.segment import payload_of
-from vswapd_backends.zero import zero_pages
-from vswapd_backends.zswap import Compressed
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 
 NO_ORIGIN: Final = Origin()
-_PAGE_WORDS: Final = PAGE_BYTES // 8
-_PAGE_SLICES: Final = [slice(i * PAGE_BYTES, (i + 1) * PAGE_BYTES) for i in range(MAX_BATCH)]
-"""Made once: a slice per page and request would be 0.03 us."""
 _CLOSE_CLUSTERS: Final = 64
 """Clusters of a closed space that are freed per step: 32768 slots, about 2 ms under the lock."""
 
 
-# Not frozen, nor are Stored and Compressed: making frozen ones takes 1 % of a store.
-@dataclass(slots=True)
-class Folio:
-    """The pages of one request, split and compressed, ready for any rung of the ladder."""
-
-    pages: int
-    zero: npt.NDArray[np.bool_] | None
-    """Which pages are zero; None if none is."""
-    compressed: Compressed | None
-    """The others, in order; None if all are zero."""
-    request: int | None = None
-    """What its client calls the request, which must not be done twice; None: nobody will ask."""
-
-    @property
-    def zeros(self) -> int:
-        """How many pages are zero."""
-        return self.pages - (len(self.compressed) if self.compressed else 0)
-
-
+# Not frozen: see Folio.
 @dataclass(slots=True)
 class Stored:
     """The outcome of a store."""
@@ -340,39 +316,8 @@ class Engine:
     # Store
 
     def prepare(self, pages: bytes | bytearray | memoryview) -> Folio:
-        """Split off the zero pages of a folio and compress the rest. Pure; needs no lock.
-
-        Args:
-            pages: n * PAGE_BYTES contiguous bytes, n at least 1.
-
-        Raises:
-            BatchError: no whole pages, or too many.
-        """
-        view = memoryview(pages).cast("B")
-        count, rest = divmod(len(view), PAGE_BYTES)
-        if rest or not 1 <= count <= MAX_BATCH:
-            raise BatchError(
-                f"a folio is n * {PAGE_BYTES} bytes, n from 1 to {MAX_BATCH}; these are {len(view)}"
-            )
-        zero = zero_pages(np.frombuffer(view, np.uint64).reshape(count, _PAGE_WORDS))
-        spans = _PAGE_SLICES[:count]
-        if zero is not None:
-            spans = [spans[i] for i in np.flatnonzero(~zero).tolist()]
-            if not spans:
-                return Folio(count, zero, None)
-        pool = self.core.zswap.current
-        entries = pool.codec.compress(map(view.__getitem__, spans))
-        # Lists: of 64 numbers numpy takes the maximum and the sum no faster than they are made.
-        lengths = list(map(len, entries))
-        if max(lengths) >= PAGE_BYTES:
-            for index, length in enumerate(lengths):
-                if length >= PAGE_BYTES:
-                    entries[index] = bytes(view[spans[index]])
-                    lengths[index] = PAGE_BYTES
-        compressed = Compressed(
-            pool.index, payload_of(entries), np.array(lengths, np.int64), sum(lengths)
-        )
-        return Folio(count, zero, compressed)
+        """A folio of these pages, by the codec of the moment; see `folio.prepare`."""
+        return prepare(self.core.zswap.current, pages)
 
     def store(self, space: Space, folio: Folio, slots: U64 | None = None) -> Operation[Stored]:
         """Store a folio, all or nothing: to new slots, or over `slots`.

@@ -12,6 +12,7 @@ import pytest
 
 from support.engine import UnkindDevice
 from vswapd.driver import Driver, FairLock, Pending, Progress, Task
+from vswapd.turns import Turns
 from vswapd_backends.base import (
     PAGE_BYTES,
     PAUSE,
@@ -357,3 +358,78 @@ def test_a_mistake_in_a_worker_is_the_tasks(driver: Driver) -> None:
         return "not told"
 
     assert driver.run(task()) == "told"
+
+
+# Turns of long work
+
+
+async def _in_line(tasks: int, turns: int) -> list[list[int]]:
+    """Who had a turn, by round of the loop, of tasks that stand in line so many times."""
+    loop = asyncio.get_running_loop()
+    line = Turns()
+    rounds: list[list[int]] = [[]]
+
+    def next_round() -> None:
+        rounds.append([])
+        if not all(one.done() for one in running):
+            loop.call_soon(next_round)
+
+    async def work(number: int) -> None:
+        for _ in range(turns):
+            await line.mine()
+            rounds[-1].append(number)
+
+    running = [asyncio.create_task(work(number)) for number in range(tasks)]
+    loop.call_soon(next_round)
+    await asyncio.gather(*running)
+    return rounds
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 7])
+def test_long_work_has_one_turn_in_each_round_of_the_loop(tasks: int) -> None:
+    """However many stand in line, one of them goes on, and each when it is its turn."""
+    rounds = asyncio.run(_in_line(tasks, 20))
+    assert max(map(len, rounds)) == 1
+    assert [who for each in rounds for who in each] == [*range(tasks)] * 20
+
+
+def test_a_turn_that_nobody_takes_is_the_next_ones() -> None:
+    """Who has left the line, at its head or in its middle, holds nobody up."""
+
+    async def main() -> list[int]:
+        line = Turns()
+        went: list[int] = []
+
+        async def work(number: int) -> None:
+            await line.mine()
+            went.append(number)
+
+        running = [asyncio.create_task(work(number)) for number in range(5)]
+        await asyncio.sleep(0)  # all stand in line
+        for number in (0, 2, 4):
+            running[number].cancel()
+        async with asyncio.timeout(PATIENCE_S):
+            await asyncio.gather(*running, return_exceptions=True)
+            await line.mine()
+        return went
+
+    assert asyncio.run(main()) == [1, 3]
+
+
+def test_short_computations_need_no_worker(driver: Driver) -> None:
+    """Those of a task that has waited are done in the loop's thread as well; slow ones are not."""
+    threads: list[int] = []
+
+    def task() -> Task[None]:
+        for slow in (False, True, False):
+            yield PAUSE
+            yield Compute(lambda: threads.append(threading.get_ident()), slow)
+
+    async def main() -> None:
+        begun = driver.start(task())
+        assert isinstance(begun, Pending)
+        await driver.finish(begun)
+
+    asyncio.run(main())
+    here = threading.get_ident()
+    assert [one == here for one in threads] == [True, False, True]

@@ -60,7 +60,7 @@ from vswapd.shard import Kept, Shard
 from vswapd.steering import Opened
 
 MAX_BATCH: Final = 8
-WINDOW: Final = 4 * PAGE_BYTES
+WINDOW: Final = 12 * PAGE_BYTES
 UIDS: Final = (1000, 1001, 0)
 """Of the clients: two strangers, and one who may steer."""
 WITNESS_UID: Final = 2000
@@ -172,7 +172,10 @@ _VERBS: Final[tuple[dict[str, Any], ...]] = (
     {},
 )
 _COUNTS: Final = (1, 2, 3, MAX_BATCH, 0, MAX_BATCH + 1, 4096, (1 << 32) - 1)
-_OFFSETS: Final = (0, PAGE_BYTES, WINDOW - PAGE_BYTES, WINDOW, 1, (1 << 64) - PAGE_BYTES)
+_OFFSETS: Final = (
+    *(0,) * 6,  # mostly right: what is outside is not looked at
+    *(PAGE_BYTES, WINDOW - PAGE_BYTES, WINDOW, 1, (1 << 64) - PAGE_BYTES),
+)
 _OPS: Final = (*Op, Op.STORE, Op.STORE, Op.LOAD, Op.LOAD, Op.FREE, 0, 200)
 
 
@@ -310,11 +313,11 @@ class Client:
 
     def close(self) -> None:
         """Go, without a word."""
-        if self.window is not None:
-            foreign(self.uid, self.window[:], "the window")
-            self.window.close()
-            self.window = None
         self.sock.close()
+        window, self.window = self.window, None
+        if window is not None:
+            with window:
+                foreign(self.uid, window[:], "the window")
 
 
 def foreign(uid: int, data: bytes, where: str) -> None:
@@ -442,11 +445,12 @@ class Play:
             check(found == b"".join(pages), "the witness's pages are not what they were")
             await self.reckon(len(pages))
         finally:
-            for client in (witness, *self.clients):
-                if client is not None:
-                    client.close()
-            for fd in self.gifts:
-                os.close(fd)
+            with contextlib.ExitStack() as leaving:  # whatever one of them finds at its end
+                for client in (witness, *self.clients):
+                    if client is not None:
+                        leaving.callback(client.close)
+                for fd in self.gifts:
+                    leaving.callback(os.close, fd)
 
     def connect(self, uid: int) -> Client:
         """A new connection."""
@@ -509,6 +513,8 @@ class Play:
         op = _OPS[script.byte(len(_OPS))]
         count = _COUNTS[script.byte(len(_COUNTS))] if op >= Op.STORE else 0
         flags = script.byte(4) if op in {Op.STORE, Op.LOAD, Op.HELLO} else 0
+        if op == Op.LOAD:
+            flags &= Flag.WINDOW
         twist = script.byte()
         body = self.body(client, op, min(count, 16), flags)
         if op in {Op.STATUS, Op.CONTROL}:
@@ -537,7 +543,7 @@ class Play:
 
     def hello(self, client: Client) -> None:
         """A greeting that is right."""
-        body = json.dumps(_HELLOS[self.script.byte(2)]).encode()
+        body = json.dumps(_HELLOS[self.script.byte(8) > 1]).encode()
         flags = self.script.byte() // 200
         client.last_id += 1
         data = HEADER.pack(HEADER_BYTES + len(body), 1, Op.HELLO, 0, 0, flags, client.last_id)

@@ -111,7 +111,7 @@ class Storm:
     def ask(self, client: Client) -> None:
         """Something for an idle client to do."""
         slots = list(client.held)
-        count = min(len(slots), self.chooser.choice([1, 5, 30, 120]))
+        count = min(len(slots), self.chooser.choice([1, 5, 30, 120, 300]))
         some = ids(*self.chooser.sample(slots, count))
         verb = self.chooser.choice(["new", "new", "new", "over", "load", "load", "free"])
         if verb == "new" or not slots:

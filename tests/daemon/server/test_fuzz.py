@@ -20,9 +20,10 @@ from support.daemon import RunningDaemon, running_daemon
 from support.engine import make_engine
 from support.wire import Wire, noise
 from vswap.protocol import HEADER_BYTES, Flag, FrameError, Op, Status, pack_header, parse_header
+from vswapd.compressor import Compressor
 from vswapd.driver import Driver
 from vswapd.peer import Peer
-from vswapd.session import Compressor, Context, Limits, Reply, Session
+from vswapd.session import Context, Limits, Reply, Session
 
 ROUNDS: Final = 150 * int(os.environ.get("VSWAPD_SOAK", "1"))
 MAX_FRAME: Final = 24 + 64 * 4104

@@ -1,6 +1,7 @@
 """What a well-behaved client keeps of its throughput beside others that flood the daemon.
 
-    .venv/bin/python -m bench.hostile [--shards N|auto ...] [--floods N] [--rounds N] [--json FILE]
+    .venv/bin/python -m bench.hostile [--shards N|auto ...] [--kinds KIND ...]
+        [--floods N] [--rounds N] [--json FILE]
 
 A daemon of its own, started as a user would. The well-behaved client stores folios of 64 pages,
 loads them, frees them, one call after the other. Beside it work, each in a process of its own,
@@ -357,6 +358,7 @@ def measure(
     shards: str,
     pages: Pages,
     *,
+    kinds: Sequence[str] = tuple(KINDS),
     rounds: int = ROUNDS,
     floods: int = FLOODS,
     turn_s: float = TURN_S,
@@ -367,19 +369,20 @@ def measure(
         directory: where the socket is made.
         shards: as in the configuration.
         pages: what is stored.
+        kinds: which; all by default.
         rounds: how often each kind is measured.
         floods: processes that flood at a time.
         turn_s: seconds of each measurement.
     """
-    rates: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
-    answered = dict.fromkeys(KINDS, 0)
-    grown = dict.fromkeys(KINDS, 0)
+    rates: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    answered = dict.fromkeys(kinds, 0)
+    grown = dict.fromkeys(kinds, 0)
     daemon = Daemon(directory, shards, pages)
     try:
         daemon.work(turn_s)
         before = daemon.anonymous_bytes()
         for _ in range(rounds):
-            for kind in KINDS:
+            for kind in kinds:
                 alone = daemon.work(turn_s)
                 with flooding(kind, daemon.socket, pages, floods) as count:
                     first = count()
@@ -388,7 +391,7 @@ def measure(
                     grown[kind] = max(grown[kind], daemon.anonymous_bytes() - before)
     finally:
         daemon.close()
-    for kind in KINDS:
+    for kind in kinds:
         yield Result.of(shards, kind, floods, rates[kind], answered[kind], grown[kind])
 
 
@@ -411,6 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="bench.hostile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--shards", nargs="+", default=["1", "auto"], help="default: 1 auto")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=[*KINDS], metavar="KIND")
     parser.add_argument("--floods", type=int, default=FLOODS, help="processes at a time")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
@@ -420,7 +424,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="vswapd-bench-") as place:
             pages = corpora.mixed(DISTINCT)
             results += measure(
-                Path(place), shards, pages, rounds=options.rounds, floods=options.floods
+                Path(place),
+                shards,
+                pages,
+                kinds=options.kinds,
+                rounds=options.rounds,
+                floods=options.floods,
             )
     print(table(results))
     if options.json:

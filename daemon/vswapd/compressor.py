@@ -17,8 +17,8 @@ from vswapd_backends.base import PAUSE, Compute, Operation, turns_of
 _SLOW_S: Final = 0.008
 """A turn that takes longer is compressed in a worker: all connections would wait. A worker costs
 50 us and takes turns with the loop for the interpreter, so that short ones lose."""
-_TURN_PAGES: Final = 32
-"""Pages that are compressed in one turn of a large request: 0.2 to 0.25 ms with lz4."""
+_TURN_PAGES: Final = 16
+"""Pages that are compressed in one turn of a large request: 0.1 ms with lz4."""
 _UNKNOWN_S: Final = 0.001
 """What a page is thought to cost before the codec was measured."""
 

@@ -4,6 +4,7 @@ Theory: a turn of the event loop receives what is there, up to the end of one re
 that request out. The header is received first, and tells how large a buffer the body needs; the
 body is received into it where the codec will read it. Then at most the next header is received with
 it, so that nothing has to be moved. Pages of replies are sent from where the engine left them.
+Bodies and replies larger than a client's frames come and go in turns of their own (see `turns`).
 
 Invariants:
 - One request is carried out at a time, and none while an earlier one's reply is far from sent:
@@ -31,21 +32,23 @@ from collections.abc import Coroutine
 from enum import Enum
 from typing import Any, Final, Protocol
 
-from vswap.protocol import HEADER_BYTES, FrameError, Header, Status, parse_header
+from vswap.protocol import HEADER_BYTES, PAGE_BYTES, FrameError, Header, Status, parse_header
 from vswapd.buffers import Buffers
 from vswapd.driver import Driver, Pending
 from vswapd.session import Reply, Session, failure, work_bytes
+from vswapd_backends.base import SHORT_PAGES
 
 _LOG: Final = logging.getLogger(__name__)
 
 HIGH_WATER: Final = 512 * 1024
 """Unsent bytes beyond which the next request is not carried out: two replies of 64 pages, so that
 the socket has something to take while the next one is made."""
-_TURN_BYTES: Final = 1 << 20
-"""Most bytes of one frame that are received in one turn: 0.2 ms."""
-_TURN_PARTS: Final = 128
-"""Most parts of a reply that are sent in one turn: 0.3 ms if they are pages. Unlike the socket's
-buffer this bounds it: a client on another core takes them while they are sent."""
+_TURN_BYTES: Final = (SHORT_PAGES + 1) * PAGE_BYTES
+"""Most bytes of one frame that are received in one turn: 0.1 ms. Who has more to receive, or to
+send, stands in line for its turns with all other long work."""
+_TURN_PARTS: Final = SHORT_PAGES
+"""Most parts of a reply that are sent in one turn: 0.1 to 0.2 ms if they are pages. Unlike the
+socket's buffer this bounds it: a client on another core takes them while they are sent."""
 _INT: Final = struct.Struct("i")
 _EMPTY: Final = memoryview(b"")
 _NOTHING: Final = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
@@ -152,7 +155,10 @@ class Connection:
         try:
             if self._state is _State.HEADER:
                 self._receive_header()
-            if self._state is _State.BODY:
+            if self._state is _State.BODY and self._need - self._filled > _TURN_BYTES:
+                self._read(False)
+                self._hub.driver.turns.ask(self._long_turn)
+            elif self._state is _State.BODY:
                 self._receive_body()
             elif self._state is _State.SKIP:
                 self._skip()
@@ -162,6 +168,18 @@ class Connection:
             self._lost()
         except Exception:  # noqa: BLE001 - a border: one connection ends, and it is logged
             _LOG.exception("a connection failed by a mistake of ours")
+            self._lost()
+
+    def _long_turn(self) -> None:
+        """It is its turn to receive a part of a large body."""
+        if self._state is not _State.BODY:
+            return  # it has been given up meanwhile
+        self._read(True)
+        try:
+            self._receive_body()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
             self._lost()
 
     def _receive(self, into: memoryview) -> int:
@@ -252,13 +270,15 @@ class Connection:
     def _skip(self) -> None:
         """Receive and forget; then answer."""
         scratch = self._hub.scratch
-        while self._need:
-            count = self._receive(scratch[: self._need])
+        end = max(0, self._need - _TURN_BYTES)
+        while self._need > end:
+            wanted = min(len(scratch), self._need - end)
+            count = self._receive(scratch[:wanted])
             if not count:
                 return
             self._need -= count
-            if count < len(scratch):
-                break
+            if count < wanted:
+                break  # that was all there is
         if not self._need:
             assert self._verdict is not None
             self._answer(self._verdict)
@@ -354,6 +374,13 @@ class Connection:
             self._write(False)
 
     def _writable(self) -> None:
+        if self._out and self._out[0].left > _TURN_BYTES:
+            self._write(False)
+            self._hub.driver.turns.ask(self._send_on)
+        else:
+            self._send_on()
+
+    def _send_on(self) -> None:
         before = self._unsent
         self._flush()
         if self._sock.fileno() < 0:

@@ -39,6 +39,9 @@ _LATELY_S: Final = 0.01
 """How long after a request others still step back for the next one."""
 _STEP_BACK_S: Final = 50e-6
 """How long they do: twice that with the timer's slack, enough for a request for one page."""
+_AHEAD: Final = 3
+"""Turns that long work in the event loop takes one after the other while there were no requests
+lately: standing in line is 30 us."""
 COMPUTE_DEPTH: Final = 2
 """Slow computations at a time. More would only take turns at the interpreter."""
 
@@ -193,7 +196,8 @@ class Driver:
         self._devices: Final = _Workers("vswapd-io", depth)
         self._computers: Final = _Workers("vswapd-compute", COMPUTE_DEPTH)
         self._trouble: Final = Trouble()
-        self._turns: Final = Turns()
+        self.turns: Final = Turns()
+        """For long work in the event loop."""
         # All that follows is guarded by the lock.
         self._epoch = 0
         """How often a task that had to wait for something has moved on."""
@@ -243,11 +247,15 @@ class Driver:
         task, need, epoch = pending.task, pending.need, pending.epoch
         loop = asyncio.get_running_loop()
         begun: list[_Flight] = []
+        ahead = 0
         while True:
             mistake: BaseException | None = None
             try:
                 if need is PAUSE:
-                    await self._turns.mine()
+                    quiet = time.monotonic() - self._asked_at > _LATELY_S
+                    ahead = ahead + 1 if quiet and ahead < _AHEAD else 0
+                    if not ahead:
+                        await self.turns.mine()
                 elif need is WAIT:
                     mistake = await _once(loop, partial(self._subscribe, epoch))
                 elif isinstance(need, Compute) and not need.slow:

@@ -2,8 +2,8 @@
 
 Invariants:
 - No more than max_connections are open; one more is told so, and closed.
-- One turn of the loop serves one request of a connection: what one client sends, many small
-  requests or a large one, the others wait for one request of it at a time.
+- One round of the loop serves one request of a connection, and one turn of all that is too large
+  for a round (see `turns`): whatever one client sends, others wait for little of it at a time.
 - Stopping answers what is under way, tells everybody else, and leaves no task behind.
 
 This module must not know what requests mean, or how bytes become requests.

@@ -11,33 +11,39 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 
 class Turns:
-    """A queue at which long work stands in line again after each of its turns."""
+    """A line in which long work stands again after each of its turns."""
 
     def __init__(self) -> None:
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._line: deque[Callable[[], None]] = deque()
+
+    def ask(self, go: Callable[[], None]) -> None:
+        """Have something called when it is its turn, in the event loop's thread."""
+        self._line.append(go)
+        if len(self._line) == 1:
+            asyncio.get_running_loop().call_soon(self._hand_out)
 
     async def mine(self) -> None:
         """Wait for a turn: it lasts until the caller waits for anything.
 
         Raises:
-            asyncio.CancelledError: cancelled; the turn is the next one's.
+            asyncio.CancelledError: cancelled; the turn passes.
         """
-        loop = asyncio.get_running_loop()
-        turn = loop.create_future()
-        self._waiting.append(turn)
-        if len(self._waiting) == 1:
-            loop.call_soon(self._hand_out, loop)
-        await turn
+        turn = asyncio.get_running_loop().create_future()
 
-    def _hand_out(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Give the first in line its turn; once in each round while there are any."""
-        while self._waiting:
-            turn = self._waiting.popleft()
+        def go() -> None:
             if not turn.done():
                 turn.set_result(None)
-                break
-        if self._waiting:
-            loop.call_soon(self._hand_out, loop)
+
+        self.ask(go)
+        await turn
+
+    def _hand_out(self) -> None:
+        """Give the first in line its turn; once in each round while there are any."""
+        go = self._line.popleft()
+        if self._line:
+            asyncio.get_running_loop().call_soon(self._hand_out)
+        go()

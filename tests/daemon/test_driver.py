@@ -433,3 +433,36 @@ def test_short_computations_need_no_worker(driver: Driver) -> None:
     asyncio.run(main())
     here = threading.get_ident()
     assert [one == here for one in threads] == [True, False, True]
+
+
+@pytest.mark.parametrize(("lately", "most"), [(True, 24), (False, 6)])
+def test_who_works_alone_stands_in_line_less_often(
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
+    lately: bool,  # noqa: FBT001 - a parameter of the test
+    most: int,
+) -> None:
+    """While requests come there is a turn for each pause; else several turns are taken in a row."""
+    now = [1000.0]
+    monkeypatch.setattr("vswapd.driver.time.monotonic", lambda: now[0])
+    asked: list[object] = []
+    ask = driver.turns.ask
+
+    def counting(go: Callable[[], None]) -> None:
+        asked.append(go)
+        ask(go)
+
+    monkeypatch.setattr(driver.turns, "ask", counting)
+
+    def task() -> Task[None]:
+        for _ in range(24):
+            yield PAUSE
+
+    async def main() -> None:
+        begun = driver.start(task())
+        now[0] += 0.001 if lately else 1.0
+        assert isinstance(begun, Pending)
+        await driver.finish(begun)
+
+    asyncio.run(main())
+    assert len(asked) == most

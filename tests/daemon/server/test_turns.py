@@ -17,7 +17,7 @@ import pytest
 
 from support.fuzzing import make_shard
 from support.wire import FREE, LOAD, PING, STORE, WITH_SLOTS, noise
-from vswap.protocol import HEADER, HEADER_BYTES, Op, pack_header
+from vswap.protocol import HEADER, HEADER_BYTES, Op, Status, pack_header
 from vswapd.shard import Shard
 from vswapd_backends.base import PAGE_BYTES, SHORT_PAGES, TURN_PAGES
 
@@ -156,69 +156,179 @@ def test_all_large_requests_together_have_one_turn_in_each_round(kind: str) -> N
     assert sum(floods) > 0
 
 
-class Eager(socket.socket):
-    """The daemon's end of a connection, whose other end takes at once whatever is sent."""
+class Rounds:
+    """Counts the rounds of the loop, and what is moved in each."""
 
-    def __init__(self, fd: int, other: socket.socket) -> None:
+    def __init__(self) -> None:
+        self.now = 0
+        self.moved: Counter[int] = Counter()
+        """Bytes, received or sent, by round."""
+        self._handle = asyncio.get_running_loop().call_soon(self._next)
+
+    def _next(self) -> None:
+        self.now += 1
+        self._handle = asyncio.get_running_loop().call_soon(self._next)
+
+    def stop(self) -> None:
+        self._handle.cancel()
+
+    @property
+    def most(self) -> int:
+        """Bytes in the round with most of them."""
+        return max(self.moved.values())
+
+
+class Eager(socket.socket):
+    """The daemon's end of a connection whose client is as fast as can be.
+
+    What the daemon sends is taken at once, and whatever room it makes is filled at once.
+    """
+
+    def __init__(self, fd: int, other: socket.socket, rounds: Rounds) -> None:
         super().__init__(fileno=fd)
         self.other = other
+        self.rounds = rounds
+        self.to_send = memoryview(b"")
         self.taken = bytearray()
-        self.turns: Counter[int] = Counter()
-        """Bytes sent, by round of the loop."""
         self.news = asyncio.Event()
-        self.round = 0
-        self._count_rounds()
-
-    def _count_rounds(self) -> None:
-        self.round += 1
-        if self.fileno() >= 0:
-            asyncio.get_running_loop().call_soon(self._count_rounds)
 
     def sendmsg(self, *args: Any) -> int:
         """Send, and be read from, before anybody else has a turn."""
         count = super().sendmsg(*args)
-        self.turns[self.round] += count
+        self.rounds.moved[self.rounds.now] += count
         end = len(self.taken) + count
         while len(self.taken) < end:
             self.taken += self.other.recv(end - len(self.taken))
         self.news.set()
         return count
 
-    async def reply(self) -> bytes:
-        """The body of the one reply that there will be."""
+    def recv_into(self, *args: Any) -> int:
+        """Receive, and find as much again."""
+        count = super().recv_into(*args)
+        self.rounds.moved[self.rounds.now] += count
+        self.news.set()
+        self.fill()
+        return count
+
+    def fill(self) -> None:
+        """Send what there is room for."""
+        with contextlib.suppress(BlockingIOError):
+            while self.to_send:
+                self.to_send = self.to_send[self.other.send(self.to_send) :]
+
+    async def until(self, moved: int) -> None:
+        """Wait until so many bytes have been moved, by all."""
+        while self.rounds.moved.total() < moved:
+            self.news.clear()
+            await self.news.wait()
+
+    async def ask(self, op: int, body: bytes = b"", count: int = 0) -> tuple[int, bytes]:
+        """One request; the reply's status and body."""
+        self.taken.clear()
+        self.to_send = memoryview(pack_header(op, len(body), count=count) + body)
+        self.fill()
         while len(self.taken) < HEADER_BYTES or len(self.taken) < HEADER.unpack_from(self.taken)[0]:
             self.news.clear()
             await self.news.wait()
-        body = bytes(self.taken[HEADER_BYTES:])
-        self.taken.clear()
-        return body
+        return HEADER.unpack_from(self.taken)[3], bytes(self.taken[HEADER_BYTES:])
 
 
-async def _send_to_an_eager_client() -> tuple[bool, list[int]]:
-    """Whether a huge load is answered rightly, and the bytes sent in the loop's rounds."""
+MOST: Final = (SHORT_PAGES + 2) * PAGE_BYTES
+"""Bytes that a client's connection moves in one turn, headers and all."""
+
+
+@contextlib.asynccontextmanager
+async def _eager_clients(count: int = 1) -> AsyncIterator[tuple[Shard, list[Eager]]]:
+    """Clients that have been greeted; all count into the same rounds."""
     async with shard() as made:
-        line = Line(made)  # for `send` alone
-        line.sock.close()
-        line.sock, theirs = socket.socketpair(socket.AF_UNIX)
-        line.sock.setblocking(False)
-        eager = Eager(theirs.detach(), line.sock)
-        made.server.welcome(eager)
-        pages = noise(HUGE)
-        async with asyncio.timeout(100):
-            await line.send(Op.HELLO)
-            await eager.reply()
-            await line.send(STORE, pages, HUGE)
-            slots = await eager.reply()
-            eager.turns.clear()
-            await line.send(LOAD, slots, HUGE)
-            right = await eager.reply() == pages
-        line.sock.close()
-        return right, list(eager.turns.values())
+        rounds = Rounds()
+        with contextlib.ExitStack() as stack:
+            stack.callback(rounds.stop)
+            clients = []
+            for _ in range(count):
+                ours, theirs = socket.socketpair(socket.AF_UNIX)
+                stack.enter_context(ours)
+                ours.setblocking(False)
+                eager = Eager(theirs.detach(), ours, rounds)
+                made.server.welcome(eager)
+                clients.append(eager)
+            async with asyncio.timeout(100):
+                for eager in clients:
+                    await eager.ask(Op.HELLO)
+                rounds.moved.clear()
+                yield made, clients
 
 
-def test_a_client_that_reads_at_once_is_not_sent_all_at_once() -> None:
-    """However fast a huge reply is taken, others have their turns between its parts."""
-    right, turns = asyncio.run(_send_to_an_eager_client())
-    assert right
-    assert sum(turns) == HEADER_BYTES + HUGE * PAGE_BYTES
-    assert max(turns) <= SHORT_PAGES * PAGE_BYTES
+def test_a_client_that_is_fast_is_not_served_all_at_once() -> None:
+    """However fast it sends and reads, others have their turns between the parts of it."""
+
+    async def main() -> None:
+        async with _eager_clients() as (_, [eager]):
+            pages = noise(HUGE)
+            status, slots = await eager.ask(STORE, pages, HUGE)
+            assert status == 0
+            assert await eager.ask(LOAD, slots, HUGE) == (0, pages)
+            assert eager.rounds.moved.total() > 2 * len(pages)
+            assert eager.rounds.most <= MOST
+
+    asyncio.run(main())
+
+
+def test_many_that_are_fast_stand_in_one_line() -> None:
+    """All that receives or sends much together moves one part in a round, and the end of one."""
+
+    async def main() -> None:
+        async with _eager_clients(6) as (_, clients):
+            pages = noise(HUGE)
+            stored = await asyncio.gather(*(one.ask(STORE, pages, HUGE) for one in clients))
+            assert {status for status, _ in stored} == {0}
+            assert clients[0].rounds.most <= 2 * MOST
+            clients[0].rounds.moved.clear()
+            pairs = zip(clients, stored, strict=True)
+            loads = (one.ask(LOAD, slots, HUGE) for one, (_, slots) in pairs)
+            assert await asyncio.gather(*loads) == [(0, pages)] * len(clients)
+            assert clients[0].rounds.most <= 2 * MOST
+
+    asyncio.run(main())
+
+
+def test_what_nobody_wants_is_not_skipped_all_at_once() -> None:
+    """A large body whose header is refused: others have their turns between the parts of it."""
+
+    async def main() -> None:
+        async with _eager_clients() as (_, [eager]):
+            status, _ = await eager.ask(200, noise(HUGE))
+            assert status == Status.UNKNOWN_OP
+            assert eager.rounds.moved.total() > HUGE * PAGE_BYTES
+            assert eager.rounds.most <= MOST
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_who_is_cut_off_while_standing_in_line_leaves_it(
+    caplog: pytest.LogCaptureFixture, later: int
+) -> None:
+    """In the middle of a large body, or of a large reply: nothing is received or sent any more."""
+
+    async def main(op: int) -> None:
+        async with _eager_clients() as (made, [eager]):
+            pages = noise(HUGE)
+            _, slots = await eager.ask(STORE, pages, HUGE)
+            eager.rounds.moved.clear()
+            asked = asyncio.create_task(eager.ask(op, slots if op == LOAD else pages, HUGE))
+            await eager.until(PAGE_BYTES * HUGE // 4)
+            for _ in range(later):  # in one of two rounds it stands in line, in the other not
+                await asyncio.sleep(0)
+            assert not asked.done()
+            await made.server.stop(0)
+            asked.cancel()
+            before = eager.rounds.moved.total()
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert eager.rounds.moved.total() == before
+
+    with caplog.at_level("WARNING"):
+        for op in (STORE, LOAD):
+            asyncio.run(main(op))
+    assert not [one for one in caplog.records if "cut off" not in one.message], caplog.text

@@ -2,14 +2,17 @@
 
 Time, devices and the order of everything are simulated: operations and their device requests
 overlap and are performed in any order; devices fail for a while, fail for good, tear what they
-write, and flip bits; operators steer; and at any point the process may be killed and goes on from
-its memory. Which of it happens in a run, and how often, the seed decides, too (a swarm: a run that
-does little but one thing finds what a run that does everything hides).
+write, and flip bits; memory runs short; operators steer; and at any point the process may be killed
+and goes on from its memory. Which of it happens in a run, and how often, the seed decides, too (a
+swarm: a run that does little but one thing finds what a run that does everything hides).
 
 Invariants:
 - The same seed gives the same run: `trace` is a digest of all that happened.
 - Whatever a client loads is what it stored last, or a PageLostError of a page that was really hit.
 - When all is freed nothing is left.
+
+What a device has acknowledged stays, but for the faults above: there is no flush to wait for, since
+processes are killed here and not machines, and what is on swap is worthless after a machine's end.
 
 This module must not know sockets, threads, or the wire.
 """
@@ -30,13 +33,18 @@ from support.engine import KIB, KINDS, MIB, Rig, UnkindDevice, ids, make_engine,
 from support.interleaving import Running, Scheduler
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
 from vswapd.groups import Space
+from vswapd.pressure import Free
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of, tags_of
-from vswapd_backends.base import U64, IoRequest
-from vswapd_blockdev.device import EXTENT_BYTES
+from vswapd_backends.base import U64, IoKind, IoRequest
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
 _CHECK_EVERY: Final = 40
 """Steps between two looks at all sums: they take longer than a step."""
+SETTINGS: Final = (
+    *("codec", "dense", "pool", "enabled", "store", "verify"),
+    *("budget", "idle", "rate", "watermarks", "groups", "memory"),
+)
 
 
 @dataclass
@@ -49,6 +57,8 @@ class Swarm:
     rates: dict[str, float]
     sizes: list[int]
     kinds: list[str]
+    settings: list[str]
+    """Which are changed."""
 
     @classmethod
     def of(cls, chooser: random.Random) -> Swarm:
@@ -74,6 +84,7 @@ class Swarm:
                 "settings": some(0.1),
                 "stir": 0.05 + some(0.3),
                 "flip": some(0.03),
+                "tear": some(0.05),
                 "read error": some(0.1),
                 "write error": some(0.2),
                 "dies": some(0.004),
@@ -81,6 +92,7 @@ class Swarm:
             },
             sizes=chooser.choice([[1], [1, 5, 30], [30, 120], [64, 250], [1, 120, 512]]),
             kinds=chooser.sample(KINDS, chooser.randint(1, len(KINDS))),
+            settings=chooser.sample(SETTINGS, chooser.randint(1, len(SETTINGS))),
         )
 
 
@@ -126,6 +138,9 @@ class World:
         self._failed_reads: Counter[str] = Counter()
         """By device: reads that failed."""
         self._trace = hashlib.blake2b(digest_size=8)
+        self._memory_left = 1 << 40
+        """Bytes of memory that the machine has left."""
+        self._watch_memory()
         for device in self.rig.devices:
             self._make_unkind(device)
 
@@ -148,7 +163,16 @@ class World:
             self._failed_reads[device.path] += failed and kind == "read"
             return failed
 
+        def tears(extent: int, length: int) -> int:
+            if not rates["tear"] or self.chooser.random() >= rates["tear"]:
+                return length
+            self._note((device.path, "torn"))
+            # Whatever comes to stand there may be damaged.
+            self._hit |= {(device.path, extent + i) for i in range(-(-length // EXTENT_BYTES))}
+            return BLOCK_BYTES * self.chooser.randrange(length // BLOCK_BYTES)
+
         device.fails = fails
+        device.tears = tears
 
     def _slots_on(self, device: UnkindDevice, extent: int | None = None) -> set[tuple[str, int]]:
         """Pages whose entries lie on a device, or in one extent of it."""
@@ -392,7 +416,7 @@ class World:
 
     def _set(self) -> None:
         choose = self.chooser.choice
-        match choose(["codec", "dense", "pool", "enabled", "verify"]):
+        match choose(self.swarm.settings):
             case "codec":
                 self.rig.set(codec=choose(["lz4", "lz4hc:1", "zstd:1"]))
             case "dense":
@@ -401,8 +425,35 @@ class World:
                 self.rig.set(pool_max=choose([300 * KIB, 700 * KIB, 2 * MIB]))
             case "enabled":
                 self.rig.set(pool_enabled=choose([True, True, False]))
+            case "store":
+                self.rig.set(store_enabled=choose([True, True, True, False]))
             case "verify":
                 self.rig.set(verify=choose(["always", "never"]))
+            case "budget":
+                self.rig.set(write_budget=choose([0, 1, 500 * KIB, 5 * MIB]))
+            case "idle":
+                self.rig.set(idle_age=choose([0.0, 1.0, 100.0]))
+            case "rate":
+                self.rig.set(shrinker_rate=choose([0, 100 * KIB, MIB]))
+            case "watermarks":
+                low = choose([0.2, 0.5, 0.85])
+                self.rig.set(low_watermark=low, high_watermark=choose([low + 0.05, 0.95]))
+            case "groups":
+                self.rig.set(groups={"7": self._limits()})
+            case "memory":
+                self._memory_left = choose([0, 10 * KIB, 300 * KIB, 1 << 40])
+                self.rig.set(pool_reserve=choose([0, 100 * KIB]))
+
+    def _limits(self) -> GroupLimits:
+        choose = self.chooser.choice
+        return GroupLimits(
+            pool_max=choose([None, 0, 100 * KIB, MIB]),
+            device_max=choose([None, 0, 300 * KIB]),
+            writeback=choose([True, True, False]),
+        )
+
+    def _watch_memory(self) -> None:
+        self.rig.engine.watch_memory(lambda: Free(self._memory_left, "the machine"))
 
     def _cancel(self) -> None:
         begun = [t for t in self.scheduler.running if t.steps and not t.name.startswith("close")]
@@ -417,11 +468,12 @@ class World:
         self._note("kill")
         for task in self.scheduler.running:
             for request in task.air:
-                if isinstance(request, IoRequest) and self.chooser.random() < 0.5:
-                    request.perform()
+                if isinstance(request, IoRequest):
+                    self._perform_half(request)
             _bury(task.operation)
         self.scheduler = Scheduler(self.chooser.randrange(1 << 30), self._stepped)
         self.rig.recover()
+        self._watch_memory()
         engine = self.rig.engine
         for client in self.clients:
             found = engine.reopen_space(client.key)
@@ -435,6 +487,17 @@ class World:
             # A client had gone, and its slots were being freed.
             self.scheduler.start(f"close {orphan.key}", engine.close_space(orphan))
         self._check()
+
+    def _perform_half(self, request: IoRequest) -> None:
+        """What a device does for a process that dies: all, nothing, or the beginning."""
+        what = self.chooser.choice(["all", "nothing", "beginning"])
+        if what == "all":
+            request.perform()
+        elif what == "beginning" and request.kind is IoKind.WRITE:
+            assert isinstance(request.device, UnkindDevice)
+            start = request.extent * EXTENT_BYTES + request.offset
+            arrived = BLOCK_BYTES * self.chooser.randrange(len(request.data) // BLOCK_BYTES)
+            request.device.data[start : start + arrived] = request.data[:arrived]
 
     # The run
 

@@ -133,6 +133,9 @@ class UnkindDevice:
         """Asked with `read` or `write` and that operation's number, from 1: whether it fails."""
         self.lies = False
         """Writes are acknowledged and dropped."""
+        self.tears: Callable[[int, int], int] | None = None
+        """Asked with a write's extent and length: how much of it is there in the end, although it
+        was acknowledged, or had failed."""
 
     def _span(self, extent: int, offset: int, length: int) -> slice:
         assert not self.closed, "a closed device was used"
@@ -162,12 +165,16 @@ class UnkindDevice:
         else:
             span = self._span(extent, offset, len(data))
         self.writes += 1
+        arrived = len(data) if self.tears is None else self.tears(extent, len(data))
+        part = slice(span.start, span.start + arrived)
         if self.fails is not None and self.fails("write", self.writes):
             self.data[span] = b"\xee" * len(data)
+            if self.tears is not None:
+                self.data[part] = data[:arrived]
             raise WriteError(self.path, "told to fail")
         self.written += len(data)
         if not self.lies:
-            self.data[span] = data
+            self.data[part] = data[:arrived]
 
     def discard(self, extent: int, count: int = 1) -> None:
         assert not self.closed, "a closed device was used"

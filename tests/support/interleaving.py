@@ -213,4 +213,7 @@ def _brief(what: object) -> str:
         return "waits for work"
     if what is WAIT or what is PAUSE:
         return str(what)
-    return f"ended: {repr(what)[:80]}"
+    if isinstance(what, EngineError):
+        return f"ended: {what!r:.80}"
+    # Not what it holds: writing arrays down would be a fifth of a simulation's time.
+    return f"ended: {type(what).__name__} {getattr(what, 'reason', None) or ''}"

@@ -44,7 +44,7 @@ from vswapd.answers import Answer
 from vswapd.compressor import Compressor
 from vswapd.control import MOST_NAME
 from vswapd.driver import Task
-from vswapd.errors import ArgumentError, EngineError, OutOfServiceError
+from vswapd.errors import ArgumentError, EngineError, NotAllowedError, OutOfServiceError
 from vswapd.groups import Space
 from vswapd.peer import Peer
 from vswapd.trouble import Trouble
@@ -54,6 +54,8 @@ from vswapd_backends.base import PAUSE, U64, Compute, turns_of
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST_NAME: Final = 64
+_MOST_TEXT: Final = 64 * 1024
+"""Bytes of a greeting, or of a request to steer: reading them takes 1 ms at most."""
 _TOKEN_DIGITS: Final = 32
 _HEX: Final = frozenset("0123456789abcdef")
 _SLOTS: Final = np.dtype("<u8")
@@ -173,9 +175,9 @@ class Session:
                 f"a body of {header.body_bytes} bytes where count {header.count} means {expected}"
             )
             return failure(header, Status.BAD_LENGTH, text)
-        if rule.op is Op.CONTROL and not self._context.steering.may_steer(self.peer.uid):
-            text = "steering is for root and for the user that the daemon runs as"
-            return failure(header, Status.NOT_ALLOWED, text)
+        if expected is None and header.body_bytes > _MOST_TEXT:
+            text = f"a body of {header.body_bytes} bytes: {rule.op.name} takes {_MOST_TEXT} at most"
+            return failure(header, Status.BAD_LENGTH, text)
         return None
 
     def waits(self, header: Header) -> bool:
@@ -375,8 +377,25 @@ class Session:
         return (yield from _answer(header, document))
 
     def _control(self, header: Header, body: memoryview) -> Task[Reply]:
-        answer = yield from self._context.steering.carry_out(_object(body))
+        request = _object(body)
+        if not self._context.steering.may_steer(self.peer.uid):
+            request = self._about_own_spaces(request)
+        answer = yield from self._context.steering.carry_out(request)
         return (yield from _answer(header, answer))
+
+    def _about_own_spaces(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What everybody may ask for.
+
+        Raises:
+            NotAllowedError: it is something else.
+        """
+        whose = request.get("uid")
+        if request.get("verb") in ("spaces", "drop") and whose in (None, self.peer.uid):
+            return {**request, "uid": self.peer.uid}
+        raise NotAllowedError(
+            "steering is for root and for the user that the daemon runs as; others may list and "
+            "drop spaces of their own"
+        )
 
     rules: ClassVar[Mapping[int, Rule]] = MappingProxyType(
         {

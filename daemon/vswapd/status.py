@@ -100,8 +100,14 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
     }
 
 
-def spaces(snapshot: Snapshot, now: float) -> dict[str, Any]:
-    """What the verb `spaces` answers: every space, largest first."""
+def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
+    """What the verb `spaces` answers: every space, largest first.
+
+    Args:
+        snapshot: of the engine.
+        now: the engine's clock.
+        uid: whose; None: everybody's.
+    """
     return {
         "spaces": [
             {
@@ -118,6 +124,7 @@ def spaces(snapshot: Snapshot, now: float) -> dict[str, Any]:
                 "connected_s": round(now - space.opened_at, 1),
             }
             for space in _largest(snapshot.spaces)
+            if uid in {None, space.uid}
         ]
     }
 

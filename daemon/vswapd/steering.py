@@ -103,6 +103,15 @@ def device_of(arguments: Arguments) -> Device:
     return entry
 
 
+def user_of(arguments: Arguments) -> int | None:
+    """Whose spaces a request is about; None: everybody's.
+
+    Raises:
+        ArgumentError: it makes no sense.
+    """
+    return arguments.number("uid", 0, most=_MOST_UID) if "uid" in arguments else None
+
+
 class Surroundings(Protocol):
     """What the verbs need of the rest of the service."""
 
@@ -298,7 +307,7 @@ class Steering:
 
     def _drop(self, arguments: Arguments) -> Task[dict[str, Any]]:
         name = arguments.text("name")
-        uid = arguments.number("uid", 0, most=_MOST_UID) if "uid" in arguments else None
+        uid = user_of(arguments)
         arguments.end()
         named = [
             space
@@ -346,8 +355,9 @@ class Steering:
         }
 
     def _spaces(self, arguments: Arguments) -> Task[dict[str, Any]]:
+        uid = user_of(arguments)
         arguments.end()
-        return status.spaces(self._engine.snapshot(), self._engine.core.clock())
+        return status.spaces(self._engine.snapshot(), self._engine.core.clock(), uid)
         yield
 
     verbs: ClassVar[Mapping[str, Callable[[Steering, Arguments], Task[dict[str, Any]]]]] = (

@@ -67,7 +67,7 @@ from vswapd.server import refuse
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
-from vswapd.steering import Reloaded, device_of, log_answer, no_such_verb, with_set
+from vswapd.steering import Reloaded, device_of, log_answer, no_such_verb, user_of, with_set
 from vswapd_backends.shared import SharedRegion
 from vswapd_backends.shared_extents import owners_region
 from vswapd_blockdev.device import OpenError
@@ -729,9 +729,10 @@ class Supervisor:
         }
 
     async def _spaces(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
+        uid = user_of(arguments)
         arguments.end()
         states = await self._states()
-        return status.spaces(self._merged(states), states[0].now)
+        return status.spaces(self._merged(states), states[0].now, uid)
 
     async def _drop(self, arguments: Arguments, request: dict[str, Any]) -> dict[str, Any]:
         name = arguments.text("name")

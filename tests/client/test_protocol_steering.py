@@ -125,7 +125,9 @@ def test_strangers_may_not_steer() -> None:
                 with Wire(daemon.socket_path) as wire:
                     wire.hello(FOR_CONTROL)
                     assert wire.control("compact").status == NOT_ALLOWED
-                    assert wire.control("spaces").status == NOT_ALLOWED
+                    assert wire.control("drop", name="x", uid=0).status == NOT_ALLOWED
+                    assert wire.control("spaces", uid=0).status == NOT_ALLOWED
+                    assert wire.control("spaces").status == 0
                     assert wire.ask(STATUS).status == 0
                 with Wire(daemon.socket_path) as wire:
                     wire.hello()

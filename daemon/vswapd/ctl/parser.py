@@ -209,17 +209,18 @@ def _add_rest(verbs: _Verbs) -> None:
     spaces = _add(
         verbs,
         "spaces",
-        "list all spaces: who holds how much",
+        "list spaces: who holds how much",
         "One line per space, the largest first. One without a pid has a name and, for now, no "
-        "client.",
+        "client. Who may not steer sees his own.",
     )
     _add_json(spaces)
+    spaces.add_argument("--uid", type=int, help="only those of this user", metavar="UID")
     drop = _add(
         verbs,
         "drop",
         "free a named space that nobody uses",
         "A space with a name outlives its client, and keeps its pages until it is dropped. One "
-        "that has a client is left alone.",
+        "that has a client is left alone. Who may not steer can drop his own.",
     )
     _add_json(drop)
     drop.add_argument("name", metavar="NAME", help="as `vswapctl spaces` has it")

@@ -208,8 +208,8 @@ def verify(options: Options) -> int:
 
 
 def spaces(options: Options) -> int:
-    """All spaces, the largest first."""
-    answer = _ask(options, "spaces")
+    """All spaces, or one user's, the largest first."""
+    answer = _ask(options, "spaces", **_whose(options))
     if answer is None:
         return 0
     table = plain_table(
@@ -241,10 +241,13 @@ def spaces(options: Options) -> int:
     return 0
 
 
+def _whose(options: Options) -> dict[str, int]:
+    return {} if options.uid is None else {"uid": options.uid}
+
+
 def drop(options: Options) -> int:
     """Free a named space that nobody uses."""
-    whose = {} if options.uid is None else {"uid": options.uid}
-    answer = _ask(options, "drop", name=options.name, **whose)
+    answer = _ask(options, "drop", name=options.name, **_whose(options))
     if answer is not None:
         print(f"{answer['name']}: dropped, {answer['freed_slots']:,} slots were freed")
     return 0

@@ -14,7 +14,20 @@ from typing import Final
 import pytest
 
 from support.daemon import RunningDaemon, running_daemon
-from support.wire import BAD_ARGUMENT, HELLO, LOAD, PING, STATUS, STORE, Wire, noise, pack
+from support.wire import (
+    BAD_ARGUMENT,
+    BAD_LENGTH,
+    CONTROL,
+    FOR_CONTROL,
+    HELLO,
+    LOAD,
+    PING,
+    STATUS,
+    STORE,
+    Wire,
+    noise,
+    pack,
+)
 
 BUFFERS: Final = 8 << 20
 HOSTILE: Final = 12
@@ -225,3 +238,19 @@ def test_connections_that_come_and_go_leave_nothing(daemon: RunningDaemon) -> No
             pass
         assert len(list(descriptors.iterdir())) <= few
         assert resident(daemon) - memory < 4 << 20
+
+
+def test_huge_texts_are_not_read(daemon: RunningDaemon) -> None:
+    """A greeting, or a request to steer, of more than 64 KiB: refused by its header alone.
+
+    Nobody is to wait until megabytes of JSON have been taken apart.
+    """
+    huge = b'{"verb": "compact", "client": "' + b"x" * (1 << 20) + b'"}'
+    with Wire(daemon.socket_path) as wire:
+        for op in (HELLO, CONTROL):
+            reply = wire.ask(op, huge)
+            assert reply.status == BAD_LENGTH
+            assert "65536 at most" in reply.text
+            if op == HELLO:
+                wire.hello(FOR_CONTROL)
+        assert wire.control("compact").status == 0

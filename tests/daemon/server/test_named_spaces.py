@@ -139,6 +139,47 @@ def test_another_users_name_is_another_space(daemon: RunningDaemon) -> None:
         assert control.call("drop", name="shared?")["freed_slots"] == 10
 
 
+def keep_house(path: Path, pipe: Connection) -> None:
+    """Somebody who may not steer, and his own spaces."""
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    for name in ("mine", "shared?"):
+        with vswap.connect(path, name=name) as space:
+            space.store(noise(3))
+    with Control(path) as control:
+        while any(space["pid"] for space in control.call("spaces")["spaces"]):
+            pass  # the daemon is about to see that the client has gone
+        pipe.send([(one["uid"], one["name"]) for one in control.call("spaces")["spaces"]])
+        for wrong in ({"uid": 0}, {"uid": "0"}, {"uid": [NOBODY]}):
+            with pytest.raises(vswap.NotAllowed, match="of their own"):
+                control.call("drop", name="shared?", **wrong)
+        with pytest.raises(vswap.BadArgument, match="no space 'root'"):
+            control.call("drop", name="root")
+        pipe.send(control.call("drop", name="shared?"))
+        pipe.send([one["name"] for one in control.call("spaces", uid=NOBODY)["spaces"]])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="being another user needs root")
+def test_everybody_lists_and_drops_his_own(daemon: RunningDaemon) -> None:
+    """Who may not steer sees no space of others, and cannot drop one, whatever he says."""
+    for name in ("root", "shared?"):
+        with vswap.connect(daemon.socket_path, name=name) as space:
+            space.store(noise(10))
+    here, there = FORK.Pipe()
+    other = FORK.Process(target=keep_house, args=(daemon.socket_path, there))
+    other.start()
+    assert sorted(here.recv()) == [(NOBODY, "mine"), (NOBODY, "shared?")]
+    assert here.recv() == {"name": "shared?", "uid": NOBODY, "freed_slots": 3}
+    assert here.recv() == ["mine"]
+    other.join()
+    assert other.exitcode == 0
+    with Control(daemon.socket_path) as control:
+        assert len(control.call("spaces")["spaces"]) == 3
+        assert [s["name"] for s in control.call("spaces", uid=NOBODY)["spaces"]] == ["mine"]
+        assert control.call("spaces", uid=1)["spaces"] == []
+        with pytest.raises(vswap.BadArgument, match="uid"):
+            control.call("spaces", uid="root")
+
+
 def test_spaces_are_listed_and_dropped(daemon: RunningDaemon) -> None:
     """With their names; one in use is left alone, one that there is not is refused."""
     with Control(daemon.socket_path) as control:

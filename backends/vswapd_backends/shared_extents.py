@@ -116,6 +116,13 @@ class SharedExtents(ExtentMap):
         if self._free_of[chunk] == self._size(chunk) < len(self._returned):
             self._give_chunk(chunk)
 
+    def forgive(self, most: int) -> list[int]:
+        """See ExtentMap."""
+        some = super().forgive(most)
+        for extent in some:
+            self._free_of[extent // self._chunk] += 1
+        return some
+
     def restore(self, taken: list[int], bad: list[int]) -> None:
         """See ExtentMap. The chunks are those that are marked as ours."""
         self._taken = set(taken)

@@ -7,7 +7,7 @@ Invariants:
 - An extent whose last live entry went, and that is neither pinned nor being filled, is first
   discarded and only then handed out again: a discard that is still under way cannot hit new data.
 - Extents are handed out by the device of the highest priority that has one, and never by one that
-  is draining. An extent that failed a write is not used again.
+  is draining. An extent that failed a write is not used again until it is forgiven.
 - One extent per device is kept in reserve for moving live entries together (`take(reserve=True)`).
 
 This module performs no I/O: it makes requests and reads their outcomes. It must not know slots'
@@ -125,6 +125,8 @@ class SwapDevices:
         self._columns = columns or ExtentColumns()
         self._devices: list[SwapDevice | None] = []
         self._added = 0
+        self.failures = 0
+        """Writes that have failed, of all devices that there have been."""
 
     def __iter__(self) -> Iterator[SwapDevice]:
         """Devices in use, highest priority first, then in the order of swapon."""
@@ -282,11 +284,18 @@ class SwapDevices:
         self._maybe_discard(entry, extent)
 
     def fail(self, number: int) -> None:
-        """A write to this extent failed: count it, and never hand the extent out again."""
+        """A write to this extent failed: count it, and do not hand the extent out again."""
         entry, extent = self.device_of(number)
+        self.failures += 1
         entry.write_errors += 1
         entry.rows["bad"][extent] = 1
         entry.map.mark_bad(extent)
+
+    def forgive(self, entry: SwapDevice, most: int) -> int:
+        """Hand out extents again that failed a write, at most so many; returns how many."""
+        extents = entry.map.forgive(most)
+        entry.rows["bad"][extents] = 0
+        return len(extents)
 
     def _maybe_discard(self, entry: SwapDevice, extent: int) -> None:
         if not entry.live_entries[extent] and not entry.pins[extent]:

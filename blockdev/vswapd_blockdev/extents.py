@@ -2,7 +2,7 @@
 
 Invariants:
 - Every extent is free, used, or out of use; a used extent that is marked bad stays used until it is
-  given back, and is then out of use for good.
+  given back, and is then out of use until it is forgiven.
 - The lowest free extent is handed out first: the used part of a sparse file stays together, and a
   device that is nearly empty is nearly all holes.
 
@@ -29,6 +29,8 @@ class ExtentMap:
         self._taken: set[int] = set()
         self._bad: set[int] = set()
         self._retired = 0
+        self._closed = False
+        """Whether all are out of use for good."""
 
     @property
     def used(self) -> int:
@@ -39,6 +41,11 @@ class ExtentMap:
     def bad(self) -> int:
         """Extents that are out of use, or will be once they are given back."""
         return len(self._bad)
+
+    @property
+    def retired(self) -> int:
+        """Extents that are out of use, and can be forgiven."""
+        return 0 if self._closed else self._retired
 
     @property
     def free(self) -> int:
@@ -91,6 +98,7 @@ class ExtentMap:
         self._retired = self.extents - len(self._taken)
         self._returned = []
         self._fresh = self._limit = 0
+        self._closed = True
 
     def leave(self) -> None:
         """No extent is used any more, nor will be."""
@@ -104,6 +112,17 @@ class ExtentMap:
         """Have these free extents no more."""
         self._returned = [extent for extent in self._returned if extent not in extents]
         heapq.heapify(self._returned)
+
+    def forgive(self, most: int) -> list[int]:
+        """Make extents free that are out of use: the lowest, at most so many; returns them."""
+        if self._closed:
+            return []
+        some = sorted(self._bad - self._taken)[:most]
+        self._bad.difference_update(some)
+        self._retired -= len(some)
+        for extent in some:
+            heapq.heappush(self._returned, extent)
+        return some
 
     def mark_bad(self, extent: int) -> None:
         """Never hand out an extent again that is in use now; idempotent."""

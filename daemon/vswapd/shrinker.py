@@ -30,6 +30,7 @@ from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.groups import Group
 from vswapd.recompression import Recompression
+from vswapd.retrial import Retrial
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import I64, SEGMENT_BYTES, Operation
 
@@ -88,6 +89,7 @@ class Shrinker:
         self._compaction = compaction
         self._moves = moves
         self.recompression: Final = recompression
+        self._retrial: Final = Retrial(core)
         self.doing = Doing.IDLE
         self.why = "below the watermarks"
         """Why it idles, or why it works."""
@@ -131,6 +133,7 @@ class Shrinker:
             core.pool_use() > core.settings.high_watermark * core.pressure.limit
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
+            or self._retrial.news
             or self._compaction.wanted()
             or (not self._watching and self._ages() and core.zswap.total_entries > 0)
         )
@@ -146,6 +149,8 @@ class Shrinker:
         """
         self._watching = True
         times = [] if self._spare_since is None else [self._spare_since + _SPARE_AGE]
+        if (due := self._retrial.next_due()) is not None:
+            times.append(due)
         if self._core.pressure.watching:
             times.append(self._core.pressure.next_look)
         if self._core.settings.shrinker_enabled:
@@ -195,6 +200,7 @@ class Shrinker:
         """Bytes that should go now; 0: nothing, or nothing can be done. Sets `doing` and `why`."""
         settings = self._core.settings
         self._core.look_when_due()
+        self._retrial.look()
         self._held_back = False
         if self._core.devices.discards_waiting:
             return self._say(Doing.DISCARDING, "extents were given up", SEGMENT_BYTES)

@@ -8,7 +8,11 @@ from hypothesis import strategies as st
 from vswapd_backends.shared_extents import SharedExtents, chunk_extents, owners_region
 
 STEPS = st.lists(
-    st.tuples(st.integers(0, 2), st.sampled_from(["take", "take", "give", "bad"]), st.integers(0)),
+    st.tuples(
+        st.integers(0, 2),
+        st.sampled_from(["take", "take", "take", "give", "give", "bad", "forgive"]),
+        st.integers(0),
+    ),
     max_size=300,
 )
 
@@ -24,7 +28,7 @@ def test_no_extent_has_two_owners(extents: int, steps: list[tuple[int, str, int]
     """Whatever shards take, give and lose, an extent is in the hands of one, and counted once."""
     shards = maps(extents)
     held: list[list[int]] = [[], [], []]
-    bad: set[int] = set()
+    bad_of: list[set[int]] = [set(), set(), set()]
     for who, what, which in steps:
         mine = held[who]
         if what == "take":
@@ -33,18 +37,23 @@ def test_no_extent_has_two_owners(extents: int, steps: list[tuple[int, str, int]
                 assert shards[who].free == 0
                 continue
             assert 0 <= extent < extents
-            assert extent not in bad
+            assert extent not in set.union(*bad_of)
             assert all(extent not in others for others in held)
             mine.append(extent)
+        elif what == "forgive":
+            forgiven = set(shards[who].forgive(which % 5))
+            assert forgiven <= bad_of[who] - set(mine)
+            assert len(forgiven) == min(which % 5, len(bad_of[who] - set(mine)))
+            bad_of[who] -= forgiven
         elif mine:
             extent = mine[which % len(mine)]
             if what == "bad":
                 shards[who].mark_bad(extent)
-                bad.add(extent)
+                bad_of[who].add(extent)
             else:
                 mine.remove(extent)
                 shards[who].give(extent)
-        out_of_use = bad - {extent for others in held for extent in others}
+        out_of_use = set.union(*bad_of) - {extent for others in held for extent in others}
         most = extents - sum(map(len, held)) - len(out_of_use)
         assert 0 <= shards[who].free <= most
         assert shards[who].used == len(held[who])
@@ -70,6 +79,22 @@ def test_what_is_given_back_is_there_for_others() -> None:
         first.give(extent)
     assert second.free >= 600 - chunk
     assert first.free == 600
+
+
+def test_what_is_forgiven_goes_back_with_its_chunk() -> None:
+    """Extents that were out of use count in their chunk again: others can have it in the end."""
+    first, second, _ = maps(600)
+    for forgiven in (False, True):
+        taken = [first.take() for _ in range(600)]
+        for extent in taken:
+            assert extent is not None
+            if not forgiven:
+                first.mark_bad(extent)
+            first.give(extent)
+        if not forgiven:
+            assert (first.free, second.free) == (0, 0)
+            assert len(first.forgive(1000)) == 600
+    assert second.free >= 600 - chunk_extents(600, 3)
 
 
 def test_leaving_gives_everything_back() -> None:

@@ -55,7 +55,9 @@ def test_giving_twice_is_a_mistake() -> None:
 
 @given(
     size=st.integers(1, 12),
-    steps=st.lists(st.tuples(st.sampled_from(["take", "give", "bad"]), st.integers(0, 11))),
+    steps=st.lists(
+        st.tuples(st.sampled_from(["take", "give", "bad", "forgive"]), st.integers(0, 11))
+    ),
 )
 def test_agrees_with_sets(size: int, steps: list[tuple[str, int]]) -> None:
     """Any sequence of calls agrees with three plain sets, and every extent is in one of them."""
@@ -68,6 +70,11 @@ def test_agrees_with_sets(size: int, steps: list[tuple[str, int]]) -> None:
             if taken is not None:
                 free.remove(taken)
                 used.add(taken)
+        elif verb == "forgive":
+            forgiven = sorted(bad - used)[:number]
+            assert extents.forgive(number) == forgiven
+            bad -= set(forgiven)
+            free |= set(forgiven)
         elif used:
             extent = sorted(used)[number % len(used)]
             if verb == "bad":
@@ -78,4 +85,13 @@ def test_agrees_with_sets(size: int, steps: list[tuple[str, int]]) -> None:
                 used.remove(extent)
                 free |= {extent} - bad
         assert (extents.free, extents.used, extents.bad) == (len(free), len(used), len(bad))
-        assert extents.free + extents.used + len(bad - used) == size
+        assert extents.retired == len(bad - used)
+        assert extents.free + extents.used + extents.retired == size
+
+
+def test_a_closed_map_forgives_nothing() -> None:
+    """A device that is lost stays so."""
+    extents = ExtentMap(4)
+    extents.restore([1], [2])
+    extents.retire_free()
+    assert (extents.retired, extents.forgive(9), extents.take()) == (0, [], None)

@@ -28,7 +28,7 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, Final, Protocol
 
@@ -152,16 +152,18 @@ class Connection:
 
     def _turn(self) -> None:
         """What there is to receive has come, or memory to receive it into."""
+        self._guard(self._receive_some)
+
+    def _long_turn(self) -> None:
+        """It is its turn to receive a part of a large body."""
+        if self._state is _State.BODY:  # else it has been given up meanwhile
+            self._read(True)
+            self._guard(self._receive_body)
+
+    def _guard(self, receive: Callable[[], None]) -> None:
+        """Receive, and let nobody else feel what goes wrong."""
         try:
-            if self._state is _State.HEADER:
-                self._receive_header()
-            if self._state is _State.BODY and self._need - self._filled > _TURN_BYTES:
-                self._read(False)
-                self._hub.driver.turns.ask(self._long_turn)
-            elif self._state is _State.BODY:
-                self._receive_body()
-            elif self._state is _State.SKIP:
-                self._skip()
+            receive()
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -170,17 +172,16 @@ class Connection:
             _LOG.exception("a connection failed by a mistake of ours")
             self._lost()
 
-    def _long_turn(self) -> None:
-        """It is its turn to receive a part of a large body."""
-        if self._state is not _State.BODY:
-            return  # it has been given up meanwhile
-        self._read(True)
-        try:
+    def _receive_some(self) -> None:
+        if self._state is _State.HEADER:
+            self._receive_header()
+        if self._state is _State.BODY and self._need - self._filled > _TURN_BYTES:
+            self._read(False)
+            self._hub.driver.turns.ask(self._long_turn)
+        elif self._state is _State.BODY:
             self._receive_body()
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            self._lost()
+        elif self._state is _State.SKIP:
+            self._skip()
 
     def _receive(self, into: memoryview) -> int:
         """Bytes that were received; 0 if the client has closed, which is taken note of."""

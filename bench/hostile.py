@@ -9,6 +9,8 @@ clients that do one thing as fast as they can:
 
 - connections: connect, greet, and go;
 - pings: the smallest request, pipelined without end, all replies read;
+- statuses: the request that costs the daemon most for its size, pipelined;
+- lists: slots of a space, as many as may be asked for, pipelined;
 - huge stores: the largest request that may be, over the same slots again and again;
 - huge loads: the same, the other way;
 - descriptors: pings, each with as many descriptors as a message can carry;
@@ -62,6 +64,7 @@ _BUFFERS: Final = 64 << 20
 _PATIENCE_S: Final = 30.0
 _REQUEST_TIMEOUT_S: Final = 2.0
 _PIPELINED: Final = 64
+_UNDER_WAY: Final = 8
 _SCM_MAX_FD: Final = 253
 
 
@@ -185,6 +188,29 @@ def _pings(path: Path, _: Pages, done: Done, rights: Sequence[int] = ()) -> None
             line.reply()
 
 
+def _statuses(path: Path, pages: Pages, done: Done) -> None:  # noqa: ARG001 - a flood
+    with _Line(path) as line:
+        line.greet()
+        _pipelined(line, pack_header(Op.STATUS, 0), done)
+
+
+def _lists(path: Path, pages: Pages, done: Done) -> None:
+    with _Line(path) as line:
+        slots, _ = _stored(line, pages)
+        head = pack_header(Op.LIST, SLOT_BYTES, count=len(slots) // SLOT_BYTES)
+        _pipelined(line, head + bytes(SLOT_BYTES), done)
+
+
+def _pipelined(line: _Line, frame: bytes, done: Done) -> None:
+    """The same request again and again, always some of them under way."""
+    line.socket.sendall(frame * _UNDER_WAY)
+    while True:
+        line.reply()
+        if done():
+            return
+        line.socket.sendall(frame)
+
+
 def _descriptors(path: Path, pages: Pages, done: Done) -> None:
     _pings(path, pages, done, [os.memfd_create("gift")] * _SCM_MAX_FD)
 
@@ -245,6 +271,8 @@ def _until_cut_off(line: _Line, data: bytes) -> None:
 KINDS: Final[Mapping[str, Callable[[Path, Pages, Done], None]]] = {
     "connections": _connections,
     "pings": _pings,
+    "statuses": _statuses,
+    "lists": _lists,
     "huge stores": _stores,
     "huge loads": _loads,
     "descriptors": _descriptors,

@@ -50,7 +50,7 @@ from vswapd.peer import Peer
 from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
 from vswapd.window import Window
-from vswapd_backends.base import PAUSE, U64, Compute, turns_of
+from vswapd_backends.base import PAUSE, SHORT_PAGES, U64, Compute, turns_of
 
 _LOG: Final = logging.getLogger(__name__)
 _LONGEST_NAME: Final = 64
@@ -296,9 +296,10 @@ class Session:
     def _list(self, header: Header, body: memoryview) -> Task[Reply]:
         assert self.space is not None
         after = int.from_bytes(body, "little")
+        if header.count > SHORT_PAGES:
+            yield PAUSE
         slots = self._context.engine.slots_after(self.space, after, header.count)
         return success(header, slots.tobytes(), count=len(slots))
-        yield
 
     def _ping(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
         return success(header)
@@ -373,13 +374,16 @@ class Session:
         return success(header, count=header.count)
 
     def _status(self, header: Header, body: memoryview) -> Task[Reply]:  # noqa: ARG002 - a handler
+        yield PAUSE  # small to ask for, and long work: it has its turn with all other long work
         document = yield from self._context.steering.status()
+        yield PAUSE
         return (yield from _answer(header, document))
 
     def _control(self, header: Header, body: memoryview) -> Task[Reply]:
         request = _object(body)
         if not self._context.steering.may_steer(self.peer.uid):
             request = self._about_own_spaces(request)
+        yield PAUSE  # as in _status
         answer = yield from self._context.steering.carry_out(request)
         return (yield from _answer(header, answer))
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 import pytest
 
 from support.fuzzing import make_shard
-from support.wire import FREE, LOAD, PING, STORE, WITH_SLOTS, noise
+from support.wire import FREE, LOAD, PING, STATUS, STORE, WITH_SLOTS, noise
 from vswap.protocol import HEADER, HEADER_BYTES, Op, Status, pack_header
 from vswapd.shard import Shard
 from vswapd_backends.base import PAGE_BYTES, SHORT_PAGES, TURN_PAGES
@@ -116,6 +116,11 @@ async def _count(kind: str) -> tuple[int, list[int]]:
             match kind:
                 case "pings":
                     what = (PING, b"", 0, 0)
+                case "statuses":
+                    what = (STATUS, b"", 0, 0)
+                case "lists":
+                    await line.ask(STORE, pages, HUGE)
+                    what = (Op.LIST, bytes(8), HUGE, 0)
                 case "huge stores":
                     slots = await line.ask(STORE, pages, HUGE)
                     what = (STORE, slots + pages, HUGE, WITH_SLOTS)
@@ -143,6 +148,14 @@ def test_many_small_requests_have_no_more_turns_than_others() -> None:
     assert served == 3 * ROUNDS
     assert all(count <= TURNS * served for count in floods), floods
     assert sum(floods) > 0
+
+
+@pytest.mark.parametrize("kind", ["statuses", "lists"])
+def test_small_requests_that_are_long_work_stand_in_line(kind: str) -> None:
+    """They are short to ask for: all that flood with them together have one in each round."""
+    served, floods = asyncio.run(_count(kind))
+    assert served == 3 * ROUNDS
+    assert 0 < sum(floods) <= TURNS * served, floods
 
 
 @pytest.mark.parametrize("kind", ["huge stores", "huge loads"])

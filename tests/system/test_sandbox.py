@@ -70,7 +70,8 @@ def test_a_member_sees_the_status(machine: Container) -> None:
         "writeback 1M",
         "compact",
         "verify",
-        "spaces",
+        "spaces --uid 0",
+        "drop cache --uid 0",
     ],
 )
 def test_a_member_may_not_steer(machine: Container, words: str) -> None:

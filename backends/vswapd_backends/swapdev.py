@@ -387,12 +387,57 @@ class SwapDevices:
         start = places.address - firsts[which]
         return ReadPlan(requests, which, start, places)
 
+    def read(self, plan: ReadPlan) -> Operation[None]:
+        """Have the reads of a plan performed; `collect` or `gather` is next. Given up: `abandon`.
+
+        A read for several entries that fails is done again for each of them: a block that cannot
+        be read takes only those with it that lie on it.
+        """
+        try:
+            yield IoBatch(plan.requests)
+            again = self._apart(plan)
+            if again:
+                yield IoBatch(again)
+        except BaseException:
+            self.abandon(plan)
+            raise
+
+    def _apart(self, plan: ReadPlan) -> list[IoRequest]:
+        """Reads of their own for entries whose read has failed for them all; now in the plan."""
+        if all(request.error is None for request in plan.requests):
+            return []
+        failed = np.array([request.error is not None for request in plan.requests])
+        shared = np.bincount(plan.which, minlength=len(failed)) > 1
+        first = len(plan.requests)
+        for index in np.flatnonzero((failed & shared)[plan.which]).tolist():
+            old = plan.requests[plan.which[index]]
+            at = old.offset + int(plan.start[index])
+            begin = at // BLOCK_BYTES * BLOCK_BYTES
+            end = at + CHECK_BYTES + int(plan.places.length[index])
+            length = -(-end // BLOCK_BYTES) * BLOCK_BYTES - begin
+            plan.which[index] = len(plan.requests)
+            plan.start[index] = at - begin
+            plan.requests.append(IoRequest(IoKind.READ, old.device, old.extent, begin, length))
+            self.pin(self._number_of(old))
+        return plan.requests[first:]
+
     def collect(self, plan: ReadPlan, numbers: I64) -> list[memoryview | None]:
         """The entries of a plan whose reads are done: None where read or check failed. Unpins."""
-        device_numbers = [self._number_of(request) for request in plan.requests]
-        for request, number in zip(plan.requests, device_numbers, strict=True):
+        found = self._outcome(plan)
+        entries = self._checked(found, plan.places, numbers)
+        self.abandon(plan)
+        return entries
+
+    def gather(self, plan: ReadPlan) -> list[memoryview | None]:
+        """The same with their checks, which were not looked at: None where the read failed."""
+        found = self._outcome(plan)
+        self.abandon(plan)
+        return found
+
+    def _outcome(self, plan: ReadPlan) -> list[memoryview | None]:
+        for request in plan.requests:
             if request.error is not None:
-                self.device_of(number)[0].read_errors += 1
+                self.device_of(self._number_of(request))[0].read_errors += 1
         found: list[memoryview | None] = []
         ends = plan.start + CHECK_BYTES + plan.places.length
         for index, start, end in zip(
@@ -400,13 +445,10 @@ class SwapDevices:
         ):
             result = plan.requests[index].result
             found.append(None if result is None else result[start:end])
-        entries = self._checked(found, plan.places, numbers)
-        for number in device_numbers:
-            self.unpin(number)
-        return entries
+        return found
 
     def abandon(self, plan: ReadPlan) -> None:
-        """Let go of a plan whose reads nobody waits for any more."""
+        """Let go of a plan whose reads nobody waits for, or needs the extents of, any more."""
         for request in plan.requests:
             self.unpin(self._number_of(request))
 

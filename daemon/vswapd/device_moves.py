@@ -16,7 +16,7 @@ This module must not know when to merge, or who asks for swapoff.
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,9 +71,11 @@ class _Moving:
 
     __slots__ = ("directory", "image", "number", "words")
 
-    def __init__(self, number: int, image: memoryview, directory: Directory, words: U64) -> None:
+    def __init__(
+        self, number: int, image: bytearray | memoryview, directory: Directory, words: U64
+    ) -> None:
         self.number = number
-        self.image = image
+        self.image = memoryview(image)
         """With plain checks."""
         self.directory = directory
         self.words = words
@@ -98,6 +100,13 @@ class _Moving:
         checks = get_checks(np.frombuffer(self.image, np.uint8), self.directory.offsets)
         agree: npt.NDArray[np.bool_] = digests(bodies) == checks
         return agree
+
+
+class _Left(NamedTuple):
+    """Entries that cannot be read: their slots, and the words that named them."""
+
+    numbers: I64
+    words: U64
 
 
 class DeviceMoves:
@@ -170,17 +179,22 @@ class DeviceMoves:
             # What we read now might be older than the words that name it when we are done.
             yield WAIT
             return 0
-        devices = self._core.devices
+        core, devices = self._core, self._core.devices
         devices.pin(number)
         try:
             moving = yield from self._read(number)
-            if moving is None:
+            if moving is not None:
+                return (yield from self._move(moving, device, extent))
+            moving, unreadable = yield from self._read_apart(number)
+            moved = yield from self._move(moving, device, extent)
+            left = int((core.words_now(unreadable.numbers) == unreadable.words).sum())
+            if left:
                 raise _StuckError(
-                    f"{device.device.path}: {int(device.live_entries[extent])} page(s) in extent "
-                    f"{extent} cannot be read; the device stays in use until they are freed or "
-                    "overwritten"
+                    f"{device.device.path}: {left} page(s) in extent {extent} cannot be read; the "
+                    "device stays in use until they are freed or overwritten",
+                    moved,
                 )
-            return (yield from self._move(moving, device, extent))
+            return moved
         finally:
             devices.unpin(number)
 
@@ -364,7 +378,31 @@ class DeviceMoves:
             words = core.table.words[live.numbers]
         plain = bytearray(image)
         self._unsalt(plain, live, int(device.sequence[extent]))
-        return _Moving(number, memoryview(plain), live, words)
+        return _Moving(number, plain, live, words)
+
+    def _read_apart(self, number: int) -> Operation[tuple[_Moving, _Left]]:
+        """The live entries of a pinned extent that can be read, one by one, and those that cannot.
+
+        By the table: the directory may be on a block that cannot be read either.
+        """
+        core, devices = self._core, self._core.devices
+        device, extent = devices.device_of(number)
+        live = self.directory_from_table(number)
+        words = core.table.words[live.numbers]
+        plan = devices.plan_reads(Places.within(number, live.offsets, live.lengths))
+        yield from devices.read(plan)
+        image = bytearray(SEGMENT_BYTES)
+        readable = np.zeros(len(live), np.bool_)
+        for index, (entry, at) in enumerate(
+            zip(devices.gather(plan), live.offsets.tolist(), strict=True)
+        ):
+            if entry is not None:
+                image[at : at + len(entry)] = entry
+                readable[index] = True
+        there = live.pick(readable)
+        self._unsalt(image, there, int(device.sequence[extent]))
+        left = _Left(live.numbers[~readable], words[~readable])
+        return _Moving(number, image, there, words[readable]), left
 
     @staticmethod
     def _unsalt(image: bytearray, directory: Directory, sequence: int) -> None:

@@ -33,7 +33,7 @@ from vswapd.swap_table import (
     tags_of,
     with_reference,
 )
-from vswapd_backends.base import I64, PAUSE, SHORT_PAGES, U64, IoBatch, Operation, turns_of
+from vswapd_backends.base import I64, PAUSE, SHORT_PAGES, U64, Operation, turns_of
 from vswapd_backends.codec import CorruptError
 from vswapd_backends.zero import ZERO_PAGE
 from vswapd_backends.zswap import decode
@@ -210,11 +210,7 @@ class Loading:
         places = places_of(words[which])
         pools = devices.pools_of(places.number)
         plan = devices.plan_reads(places)
-        try:
-            yield IoBatch(plan.requests)
-        except BaseException:
-            devices.abandon(plan)
-            raise
+        yield from devices.read(plan)
         entries = devices.collect(plan, numbers[which])
         self._fallback.close_idle()
         lost = [int(which[i]) for i, entry in enumerate(entries) if entry is None]

@@ -25,7 +25,7 @@ from vswapd.swap_table import (
     places_of,
     tags_of,
 )
-from vswapd_backends.base import I64, PAUSE, U64, IoBatch, Operation, Places
+from vswapd_backends.base import I64, PAUSE, U64, Operation, Places
 from vswapd_backends.codec import CorruptError
 from vswapd_backends.segment import CHECK_BYTES
 from vswapd_backends.zswap import decode
@@ -102,11 +102,7 @@ def _check_device(core: Core, numbers: I64, report: VerifyReport) -> Operation[N
         return
     places = places_of(words)
     plan = core.devices.plan_reads(places)
-    try:
-        yield IoBatch(plan.requests)
-    except BaseException:
-        core.devices.abandon(plan)
-        raise
+    yield from core.devices.read(plan)
     entries = core.devices.collect(plan, numbers)
     bad = [i for i, entry in enumerate(entries) if entry is None]
     _report(report, numbers, places.length, bad, "on a device")

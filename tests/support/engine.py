@@ -131,6 +131,8 @@ class UnkindDevice:
         """Bytes of writes that succeeded."""
         self.fails: Callable[[str, int], bool] | None = None
         """Asked with `read` or `write` and that operation's number, from 1: whether it fails."""
+        self.bad_blocks: set[int] = set()
+        """Blocks, counted from the device's first, of which every read fails."""
         self.lies = False
         """Writes are acknowledged and dropped."""
         self.tears: Callable[[int, int], int] | None = None
@@ -153,6 +155,10 @@ class UnkindDevice:
         self.reads += 1
         if self.fails is not None and self.fails("read", self.reads):
             raise ReadError(self.path, "told to fail")
+        if not self.bad_blocks.isdisjoint(
+            range(span.start // BLOCK_BYTES, span.stop // BLOCK_BYTES)
+        ):
+            raise ReadError(self.path, "a bad block")
         return memoryview(bytes(self.data[span]))
 
     def write(self, extent: int, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -313,6 +319,19 @@ class Rig:
         entry, extent = self.engine.core.devices.device_of(int(places.number[0]))
         assert isinstance(entry.device, UnkindDevice)
         entry.device.data[extent * EXTENT_BYTES + at] ^= 0x55
+
+    def blocks_of(self, slots: U64) -> list[set[int]]:
+        """Per slot whose page is on a device: the blocks there that its entry lies in."""
+        places = places_of(self.words(slots))
+        found = []
+        for number, offset, length in zip(
+            places.number.tolist(), places.offset.tolist(), places.length.tolist(), strict=True
+        ):
+            _, extent = self.engine.core.devices.device_of(number)
+            first = extent * EXTENT_BYTES + offset
+            last = first + CHECK_BYTES + length - 1
+            found.append(set(range(first // BLOCK_BYTES, last // BLOCK_BYTES + 1)))
+        return found
 
     def sums(self) -> list[str]:
         """What does not add up now: nothing."""

@@ -12,7 +12,10 @@ from vswapd.groups import Space
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of
 from vswapd_backends.base import U64, WAIT, IoBatch, run
-from vswapd_blockdev.device import EXTENT_BYTES
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
+
+BLOCKS = EXTENT_BYTES // BLOCK_BYTES
+"""Of one extent."""
 
 
 def _fill(rig: Rig, space: Space, count: int, *, kind: str = "text") -> tuple[U64, list[bytes]]:
@@ -120,11 +123,10 @@ def test_swapoff_with_a_read_error_fails_and_loses_nothing_else() -> None:
     space = rig.space()
     slots, pages = _fill(rig, space, 300)
     device = rig.devices[0]
-    second = device.reads + 2
-    device.fails = lambda kind, nth: kind == "read" and nth == second
+    device.bad_blocks = set(range(BLOCKS, 2 * BLOCKS))
     with pytest.raises(SwapoffError):
         rig.swapoff(device)
-    device.fails = None
+    device.bad_blocks = set()
     assert {Tag.ZSWAP, Tag.PHYS} == set(rig.tags(slots))
     assert rig.load(space, slots) == pages
     assert rig.swapoff(device) > 0
@@ -157,8 +159,7 @@ def test_swapoff_moves_all_that_can_be_read() -> None:
     space = rig.space()
     slots, pages = _fill(rig, space, 400)
     device = rig.devices[0]
-    second = device.reads + 2
-    device.fails = lambda kind, nth: kind == "read" and nth in {second - 1, second + 1}
+    device.bad_blocks = {*range(BLOCKS), *range(2 * BLOCKS, 3 * BLOCKS)}
     with pytest.raises(SwapoffError, match="cannot be read"):
         rig.swapoff(device)
     left = [i for i, tag in enumerate(rig.tags(slots)) if tag == Tag.PHYS]
@@ -168,6 +169,31 @@ def test_swapoff_moves_all_that_can_be_read() -> None:
     rig.store(space, [pages[i] for i in left], slots[left])
     rig.swapoff(device)
     assert rig.load(space, slots) == pages
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_swapoff_moves_what_can_be_read_of_an_extent(others: int) -> None:
+    """Also where header and directory cannot be read: just the pages on bad blocks are left."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 300)
+    device = rig.devices[0]
+    if others:
+        rig.set(pool_enabled=False)
+        rig.swapon(16)
+    blocks = rig.blocks_of(slots)
+    device.bad_blocks = {0, 9, BLOCKS - 1, BLOCKS + 5}
+    hit = [i for i in range(len(slots)) if blocks[i] & device.bad_blocks]
+    moved = len(slots) - len(hit)
+    said = rf"cannot be read.*{moved} page\(s\) were moved, {len(hit)} such are left"
+    with pytest.raises(SwapoffError, match=said):
+        rig.swapoff(device)
+    on_it = [i for i, place in enumerate(places_of(rig.words(slots)).number) if not place >> 24]
+    assert [i for i in on_it if rig.tags(slots)[i] == Tag.PHYS] == hit
+    assert rig.peek(space, slots) == [None if i in hit else p for i, p in enumerate(pages)]
+    rig.check()
+    rig.free(space, slots[hit])
+    assert rig.swapoff(device) == 0
 
 
 @pytest.mark.parametrize("where", ["header", "directory"])

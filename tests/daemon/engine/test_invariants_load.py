@@ -247,3 +247,27 @@ def test_a_page_that_moved_while_its_device_failed_is_not_lost(how: str) -> None
         assert [bytes(got) for got in other.finish()] == pages
         device.fails = None
         drain.finish()
+
+
+@pytest.mark.parametrize("count", [20, 200])
+def test_a_bad_block_loses_only_the_pages_on_it(count: int) -> None:
+    """15: neighbours are read together, but one block that cannot be read takes none with it."""
+    rig = make_engine(devices=[8])
+    space = rig.space()
+    pages = [page(KINDS[i % 3], i) for i in range(count)]
+    slots = rig.put(space, pages)
+    rig.writeback()
+    device = rig.devices[0]
+    blocks = rig.blocks_of(slots)
+    bad = {min(blocks[5]), max(blocks[count - 3])}
+    hit = {i for i in range(count) if blocks[i] & bad}
+    assert 2 <= len(hit) < 12
+    device.bad_blocks = bad
+    with pytest.raises(PageLostError) as caught:
+        rig.load(space, slots)
+    assert set(caught.value.slots.tolist()) == set(slots[sorted(hit)].tolist())
+    report = rig.verify()
+    assert [problem.split()[0] for problem in report.problems] == [str(len(hit))]
+    device.bad_blocks = set()
+    assert rig.load(space, slots) == pages
+    rig.check()

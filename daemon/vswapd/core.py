@@ -27,11 +27,13 @@ from vswapd.settings import Settings
 from vswapd.stats import Stats
 from vswapd.swap_table import (
     CLUSTER_SHIFT,
+    LOST_WORD,
     TAGS,
     SwapTable,
     Tag,
     address_of,
     addresses_of,
+    all_tagged,
     by_tag,
     length_of,
     make_words,
@@ -209,6 +211,32 @@ class Core:
         else:
             self.devices.give_up(old_places)
         return same
+
+    def lose(self, numbers: I64, expected: U64, group: Group) -> int:
+        """Make slots LOST whose words still are the expected ones, of entries on devices.
+
+        Slots may belong to several spaces of one group.
+
+        Returns:
+            How many those were.
+        """
+        same = self.words_now(numbers) == expected
+        numbers, old = numbers[same], expected[same]
+        if not len(numbers):
+            return 0
+        assert all_tagged(old, Tag.PHYS)
+        self.table.words[numbers] = LOST_WORD
+        self.slot_counts[Tag.PHYS] -= len(numbers)
+        self.slot_counts[Tag.LOST] += len(numbers)
+        places = places_of(old)
+        group.device_bytes -= int(places.length.sum())
+        owners = self.clusters.owners_of(numbers >> CLUSTER_SHIFT)
+        for owner in np.unique(owners).tolist():
+            space = self.spaces[owner]
+            space.backed_pages -= int((owners == owner).sum())
+            space.compressed_bytes -= int(places.length[owners == owner].sum())
+        self.devices.give_up(places)
+        return len(numbers)
 
     def _resized(self, numbers: I64, gains: I64, group: Group) -> None:
         """Charge what entries of the pool have grown by: those that were compressed again."""

@@ -58,11 +58,27 @@ _MERGE_AT_ONCE: Final = 8
 """Sparse extents that are read to be merged into one: 2 MiB of buffers."""
 
 
+class Drained(NamedTuple):
+    """What has become of the pages of a device."""
+
+    moved: int
+    lost: int
+    """Given up: nobody could have read them."""
+
+
+class _Named(NamedTuple):
+    """Slots, and the words by which they were found."""
+
+    numbers: I64
+    words: U64
+
+
 class _StuckError(SwapoffError):
     """Pages of one extent cannot be moved by anybody; others can."""
 
-    def __init__(self, text: str, moved: int = 0) -> None:
+    def __init__(self, text: str, stuck: _Named, moved: int) -> None:
         super().__init__(text)
+        self.stuck = stuck
         self.moved = moved
 
 
@@ -102,13 +118,6 @@ class _Moving:
         return agree
 
 
-class _Left(NamedTuple):
-    """Entries that cannot be read: their slots, and the words that named them."""
-
-    numbers: I64
-    words: U64
-
-
 class DeviceMoves:
     """Drains devices and merges extents."""
 
@@ -119,7 +128,7 @@ class DeviceMoves:
 
     # swapoff
 
-    def swapoff(self, path: str) -> Operation[int]:
+    def swapoff(self, path: str, *, give_up: bool) -> Operation[Drained]:
         """See Engine.swapoff."""
         devices = self._core.devices
         device = devices.find(path)
@@ -130,21 +139,21 @@ class DeviceMoves:
             raise SwapoffError(f"{path} is being drained already")
         device.draining = True
         try:
-            moved = yield from self._empty(device)
+            drained = yield from self._empty(device, give_up=give_up)
         except BaseException:
             device.draining = False
             raise
         devices.remove(device)
         self._core.control.forget_device(device.index)
-        return moved
+        return drained
 
-    def _empty(self, device: SwapDevice) -> Operation[int]:
-        """Move everything from a device; returns how many pages.
+    def _empty(self, device: SwapDevice, *, give_up: bool) -> Operation[Drained]:
+        """Move everything from a device.
 
         Raises:
             SwapoffError: some cannot be moved, or there is no room. The rest has been.
         """
-        moved = 0
+        moved = lost = 0
         stuck: dict[int, _StuckError] = {}
         """By extent: what is left there cannot be moved."""
         while True:
@@ -156,7 +165,12 @@ class DeviceMoves:
                     moved += yield from self._drain(device, extents[0])
                 except _StuckError as error:
                     moved += error.moved
-                    stuck[extents[0]] = error
+                    if give_up:
+                        group = self._core.groups[int(device.group[extents[0]])]
+                        lost += self._core.lose(*error.stuck, group)
+                    elif not error.moved:
+                        # Else there may be some that were loaded while they were about to move.
+                        stuck[extents[0]] = error
             elif live:
                 raise self._stuck(device, stuck[live[0]], moved)
             elif device.pins.any() or device.discarding:
@@ -165,7 +179,7 @@ class DeviceMoves:
             elif device.discards:
                 yield from self._core.devices.discard()
             else:
-                return moved
+                return Drained(moved, lost)
 
     @staticmethod
     def _stuck(device: SwapDevice, first: _StuckError, moved: int) -> SwapoffError:
@@ -187,11 +201,11 @@ class DeviceMoves:
                 return (yield from self._move(moving, device, extent))
             moving, unreadable = yield from self._read_apart(number)
             moved = yield from self._move(moving, device, extent)
-            left = int((core.words_now(unreadable.numbers) == unreadable.words).sum())
-            if left:
+            if (core.words_now(unreadable.numbers) == unreadable.words).any():
                 raise _StuckError(
-                    f"{device.device.path}: {left} page(s) in extent {extent} cannot be read; the "
-                    "device stays in use until they are freed or overwritten",
+                    f"{device.device.path}: pages in extent {extent} cannot be read; the device "
+                    "stays in use until they are freed, overwritten, or given up",
+                    unreadable,
                     moved,
                 )
             return moved
@@ -225,14 +239,15 @@ class DeviceMoves:
         if target is None and not sound.all():
             good = moving.pick(sound)
             some = good.compressed(stream[0])
-            moved = 0
-            if len(some) and self._pool_takes(group, some):
-                moved = self._to_pool(good, some, group)
-            raise _StuckError(
-                f"{device.device.path}: pages in extent {extent} are damaged, and loads from the "
-                "pool would not notice; the device stays in use: add another to move them to",
-                moved,
-            )
+            if not len(some) or self._pool_takes(group, some):
+                moved = self._to_pool(good, some, group) if len(some) else 0
+                raise _StuckError(
+                    f"{device.device.path}: pages in extent {extent} are damaged, and loads from "
+                    "the pool would not notice; the device stays in use: add another to move them "
+                    "to, or give them up",
+                    _Named(moving.directory.numbers[~sound], moving.words[~sound]),
+                    moved,
+                )
         if target is None:
             raise SwapoffError(
                 f"{device.device.path}: neither the pool nor another device has room for what lies "
@@ -380,7 +395,7 @@ class DeviceMoves:
         self._unsalt(plain, live, int(device.sequence[extent]))
         return _Moving(number, plain, live, words)
 
-    def _read_apart(self, number: int) -> Operation[tuple[_Moving, _Left]]:
+    def _read_apart(self, number: int) -> Operation[tuple[_Moving, _Named]]:
         """The live entries of a pinned extent that can be read, one by one, and those that cannot.
 
         By the table: the directory may be on a block that cannot be read either.
@@ -401,7 +416,7 @@ class DeviceMoves:
                 readable[index] = True
         there = live.pick(readable)
         self._unsalt(image, there, int(device.sequence[extent]))
-        left = _Left(live.numbers[~readable], words[~readable])
+        left = _Named(live.numbers[~readable], words[~readable])
         return _Moving(number, image, there, words[readable]), left
 
     @staticmethod

@@ -190,17 +190,18 @@ class Loading:
         return pages, []
 
     def _read_here(self, words: U64, tags: I64) -> tuple[list[bytes | memoryview], list[int]]:
-        """As `_load_mixed`, of what is in RAM; a zero page stands for what is on devices."""
+        """As `_load_mixed`, of what is not on devices; a zero page stands for what is."""
         pages: list[bytes | memoryview] = [ZERO_PAGE] * len(words)
+        lost = np.flatnonzero(tags == Tag.LOST).tolist()
         in_pool = np.flatnonzero(tags == Tag.ZSWAP)
         if len(in_pool):
             try:
                 some = self._read_zswap(words[in_pool])
             except CorruptError as error:
-                return pages, in_pool[error.indices].tolist()
+                return pages, lost + in_pool[error.indices].tolist()
             for index, page in zip(in_pool.tolist(), some, strict=True):
                 pages[index] = page
-        return pages, []
+        return pages, lost
 
     def _load_phys(
         self, numbers: I64, words: U64, which: I64, pages: list[bytes | memoryview]

@@ -54,7 +54,7 @@ from vswapd_backends.swapdev import MAX_DEVICES
 from vswapd_backends.zpool import segments_in
 from vswapd_backends.zswap import MOST_POOLS, SPEC_BYTES
 
-LAYOUT_VERSION: Final = 1
+LAYOUT_VERSION: Final = 2
 _DETAILS: Final = struct.Struct("<IQQ")
 
 MOST_SPACES: Final = 1 << 16

@@ -41,6 +41,7 @@ def merged(snapshots: Sequence[Snapshot], settings: Settings) -> Snapshot:
     return Snapshot(
         slots=Slots(
             unbacked=sum(s.slots.unbacked for s in snapshots),
+            lost=sum(s.slots.lost for s in snapshots),
             zero=sum(s.slots.zero for s in snapshots),
             zswap=sum(s.slots.zswap for s in snapshots),
             phys=sum(s.slots.phys for s in snapshots),

@@ -29,6 +29,7 @@ from vswapd.core import Core
 from vswapd.groups import Space
 from vswapd.lost_device import LostDevice
 from vswapd.swap_table import (
+    BACKED,
     CLUSTER_SHIFT,
     CLUSTER_SLOTS,
     TAGS,
@@ -198,7 +199,7 @@ def _look(words: U64, which: slice, sums: _Sums) -> None:
     on_device = tags == Tag.PHYS
     sums.used[which] = _per_cluster(tags != Tag.FREE)
     sums.zero[which] = _per_cluster(tags == Tag.ZERO)
-    sums.backed[which] = _per_cluster(tags >= Tag.ZERO)
+    sums.backed[which] = _per_cluster(tags >= BACKED)
     lengths = lengths_of(words)
     numbers = addresses_of(words) >> _SEGMENT_SHIFT
     if counts[Tag.ZSWAP]:

@@ -23,6 +23,8 @@ class Slots:
     """Allocated slots by state."""
 
     unbacked: int
+    lost: int
+    """Their device was taken out of use, and could not be read."""
     zero: int
     zswap: int
     phys: int
@@ -30,7 +32,7 @@ class Slots:
     @property
     def allocated(self) -> int:
         """All of them."""
-        return self.unbacked + self.zero + self.zswap + self.phys
+        return self.unbacked + self.lost + self.zero + self.zswap + self.phys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +157,7 @@ def take(core: Core, shrinker: Shrinker) -> Snapshot:
     return Snapshot(
         slots=Slots(
             unbacked=int(counts[Tag.UNBACKED]),
+            lost=int(counts[Tag.LOST]),
             zero=int(counts[Tag.ZERO]),
             zswap=int(counts[Tag.ZSWAP]),
             phys=int(counts[Tag.PHYS]),

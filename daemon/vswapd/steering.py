@@ -298,10 +298,11 @@ class Steering:
 
     def _swapoff(self, arguments: Arguments) -> Task[dict[str, Any]]:
         path = arguments.path("path")
+        give_up = arguments.flag("give_up", default=False)
         arguments.end()
-        moved = yield from self._engine.swapoff(path)
+        moved, lost = yield from self._engine.swapoff(path, give_up=give_up)
         yield from _worker(self.devices.pop(path).device.close)
-        return {"path": path, "moved_pages": moved}
+        return {"path": path, "moved_pages": moved, "lost_pages": lost}
 
     # Spaces
 

@@ -653,17 +653,19 @@ class Supervisor:
 
     async def _swapoff(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         path = arguments.path("path")
+        give_up = arguments.flag("give_up", default=False)
         arguments.end()
         async with self._changing:
             if path not in self._devices and path not in self._lost:
                 known = ", ".join([*self._devices, *self._lost]) or "none"
                 raise NoSuchDeviceError(f"{path} is not in use; in use: {known}")
-            return {"path": path, "moved_pages": await self._take_off(path)}
+            return {"path": path, **await self._take_off(path, give_up=give_up)}
 
-    async def _take_off(self, path: str) -> int:
-        """Have no shard use a device any more, and close it; returns the pages moved."""
+    async def _take_off(self, path: str, *, give_up: bool = False) -> dict[str, int]:
+        """Have no shard use a device any more, and close it; what has become of its pages."""
         used = self._devices.get(path)
-        answers = await self._ask_each([_swapoff_of(path)] * len(self._children))
+        swapoff = Carry({"verb": "swapoff", "path": path, "give_up": give_up})
+        answers = await self._ask_each([swapoff] * len(self._children))
         # A shard that does not have it may have died when it was done.
         failed = [
             answer
@@ -682,7 +684,8 @@ class Supervisor:
             await asyncio.to_thread(used.device.close)
             if self._keeping is not None:
                 self._keeping.forget_owners(path)
-        return sum(answer["moved_pages"] for answer in answers if isinstance(answer, dict))
+        done = [answer for answer in answers if isinstance(answer, dict)]
+        return {key: sum(answer[key] for answer in done) for key in ("moved_pages", "lost_pages")}
 
     async def _writeback(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         nbytes = arguments.size("bytes", least=1)
@@ -762,10 +765,6 @@ class Supervisor:
             "reload": _reload,
         }
     )
-
-
-def _swapoff_of(path: str) -> Carry:
-    return Carry({"verb": "swapoff", "path": path})
 
 
 def _peek(sock: socket.socket) -> bytes | None:

@@ -2,11 +2,11 @@
 
     tag:3 | referenced:1 | length:13 | offset:18 | number:29      (least significant first)
 
-`number` is a segment's for ZSWAP and an extent's for PHYS; FREE, UNBACKED and ZERO carry no place.
-Because the offset stands right under the number, `word >> 17` is the entry's address in an arena
-of segments. Helpers come in threes: make a word, ask its tag, take its fields; all of them work on
-whole batches (arrays of shape (n,)). Those for one word (`tag_of`, `length_of`, `address_of`) work
-on numbers of Python's, which for a page alone take a fifth of the time that arrays of one take.
+`number` is a segment's for ZSWAP and an extent's for PHYS; all others carry no place. Because the
+offset stands right under the number, `word >> 17` is the entry's address in an arena of segments.
+Helpers come in threes: make a word, ask its tag, take its fields; all of them work on whole batches
+(arrays of shape (n,)). Those for one word (`tag_of`, `length_of`, `address_of`) work on numbers of
+Python's, which for a page alone take a fifth of the time that arrays of one take.
 
 Invariants:
 - A word of 0 is FREE: an untouched table is an empty table, and a punched page of it too.
@@ -51,13 +51,18 @@ class Tag(IntEnum):
     FREE = 0
     UNBACKED = 1
     """Allocated, but without content: its last store was rejected."""
-    ZERO = 2
-    ZSWAP = 3
-    PHYS = 4
+    LOST = 2
+    """Allocated, and its content is lost: its device could not be read when it was taken off."""
+    ZERO = 3
+    ZSWAP = 4
+    PHYS = 5
 
 
+BACKED: Final = Tag.ZERO
+"""The first of those that have content."""
 FREE_WORD: Final = np.uint64(Tag.FREE)
 UNBACKED_WORD: Final = np.uint64(Tag.UNBACKED)
+LOST_WORD: Final = np.uint64(Tag.LOST)
 ZERO_WORD: Final = np.uint64(Tag.ZERO)
 TAGS: Final = 1 << TAG_BITS
 

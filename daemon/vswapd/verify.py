@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vswapd.clusters import slots_of
 from vswapd.core import Core
 from vswapd.swap_table import (
+    BACKED,
     CLUSTER_SLOTS,
     TAGS,
     Tag,
@@ -238,7 +239,7 @@ def _check_groups(core: Core, words: U64, tags: I64) -> list[str]:
     pool = per_space(tags == Tag.ZSWAP, lengths)
     device = per_space(tags == Tag.PHYS, lengths)
     zero = per_space(tags == Tag.ZERO)
-    backed = per_space(tags >= Tag.ZERO)
+    backed = per_space(tags >= BACKED)
     allocated = per_space(tags != Tag.FREE)
     problems = [
         f"space {space.id} counts other slots or pages than the table has for it"

@@ -28,7 +28,7 @@ from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
 from vswapd.control import Control, KeptDevice, Origin
 from vswapd.core import Core
-from vswapd.device_moves import DeviceMoves
+from vswapd.device_moves import DeviceMoves, Drained
 from vswapd.errors import (
     ArgumentError,
     BadSlotError,
@@ -595,16 +595,22 @@ class Engine:
         self._poke()
         return entry.index
 
-    def swapoff(self, path: str) -> Operation[int]:
-        """Move everything off a device and let go of it; returns the pages moved.
+    def swapoff(self, path: str, *, give_up: bool = False) -> Operation[Drained]:
+        """Move everything off a device and let go of it.
 
         The device object is closed by its owner afterwards.
+
+        Args:
+            path: the device's.
+            give_up: pages that cannot be read, or not be moved since they are damaged, do not keep
+                it in use: they are LOST until they are freed or overwritten. As Linux does with
+                a swapped page that cannot be read (PTE_MARKER_POISONED).
 
         Raises:
             NoSuchDeviceError: no device of that path is in use.
             SwapoffError: what lies on it fits nowhere else, or cannot be read; it stays in use.
         """
-        return self._then_nudge(self._moves.swapoff(path))
+        return self._then_nudge(self._moves.swapoff(path, give_up=give_up))
 
     def writeback(self, nbytes: int) -> Operation[Written]:
         """Write back at least `nbytes` of the coldest pages, or until something stops it."""

@@ -143,7 +143,7 @@ def changed(document: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
 
 def test_too_little_use_is_an_error() -> None:
     """If zero, zswap or phys has hardly a page, the demo has not shown what it is to show."""
-    slots = {"allocated": 1000, "unbacked": 0, "zero": 20, "zswap": 400, "phys": 580}
+    slots = {"allocated": 1000, "unbacked": 0, "lost": 0, "zero": 20, "zswap": 400, "phys": 580}
     demo.check_used(changed(BUSY, slots=slots))
     for state in ("zero", "zswap", "phys"):
         with pytest.raises(demo.DemoError, match=f"only 19 of 1000 pages are {state}"):

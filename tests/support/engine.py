@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 
 from vswapd.control import KeptDevice
+from vswapd.device_moves import Drained
 from vswapd.errors import PageLostError
 from vswapd.groups import Space
 from vswapd.memory import ShardMemory
@@ -251,12 +252,12 @@ class Rig:
         self.engine.swapon(device, priority)
         return device
 
-    def swapoff(self, device: UnkindDevice) -> int:
+    def swapoff(self, device: UnkindDevice, *, give_up: bool = False) -> Drained:
         """Drain it and, as its owner does, close it."""
-        moved = run(self.engine.swapoff(device.path))
+        drained = run(self.engine.swapoff(device.path, give_up=give_up))
         self.devices.remove(device)
         device.close()
-        return moved
+        return drained
 
     def shrink(self, most: int = 200) -> list[str]:
         """Count and scan until the shrinker idles; what it did, step by step."""
@@ -320,7 +321,7 @@ class Rig:
         assert isinstance(entry.device, UnkindDevice)
         entry.device.data[extent * EXTENT_BYTES + at] ^= 0x55
 
-    def blocks_of(self, slots: U64) -> list[set[int]]:
+    def blocks_of(self, slots: U64) -> list[frozenset[int]]:
         """Per slot whose page is on a device: the blocks there that its entry lies in."""
         places = places_of(self.words(slots))
         found = []
@@ -330,7 +331,7 @@ class Rig:
             _, extent = self.engine.core.devices.device_of(number)
             first = extent * EXTENT_BYTES + offset
             last = first + CHECK_BYTES + length - 1
-            found.append(set(range(first // BLOCK_BYTES, last // BLOCK_BYTES + 1)))
+            found.append(frozenset(range(first // BLOCK_BYTES, last // BLOCK_BYTES + 1)))
         return found
 
     def sums(self) -> list[str]:

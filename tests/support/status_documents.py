@@ -34,7 +34,7 @@ EMPTY: dict[str, Any] = {
     "pid": 4242,
     "uptime_s": 3.5,
     "shards": 1,
-    "slots": {"allocated": 0, "unbacked": 0, "zero": 0, "zswap": 0, "phys": 0},
+    "slots": {"allocated": 0, "unbacked": 0, "lost": 0, "zero": 0, "zswap": 0, "phys": 0},
     "pool": {
         "enabled": True,
         "bytes": 0,
@@ -138,7 +138,14 @@ def group(**keys: Any) -> dict[str, Any]:
 BUSY = _changed(
     EMPTY,
     uptime_s=11105.0,
-    slots={"allocated": 164240, "unbacked": 12, "zero": 20480, "zswap": 110000, "phys": 33748},
+    slots={
+        "allocated": 164240,
+        "unbacked": 12,
+        "lost": 0,
+        "zero": 20480,
+        "zswap": 110000,
+        "phys": 33748,
+    },
     pool={
         "bytes": 190 * MIB,
         "live_bytes": 185 * MIB,

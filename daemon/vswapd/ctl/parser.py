@@ -170,9 +170,16 @@ def _add_devices(verbs: _Verbs) -> None:
         "swapoff",
         "take a swap device out of use",
         "Its pages are moved to the pool or to other devices first. If they do not fit there, the "
-        "device stays in use and all pages stay where they can be loaded.",
+        "device stays in use and all pages stay where they can be loaded. So it does if pages on "
+        "it cannot be read, or are damaged, unless --give-up is given.",
     )
     _add_json(swapoff)
+    swapoff.add_argument(
+        "--give-up",
+        action="store_true",
+        help="for a device that has turned bad: what nobody can read is lost, and keeps it in use "
+        "no longer; loading such a page goes on to be an error until it is freed or overwritten",
+    )
     _with_file(swapoff.add_argument("path", metavar="PATH", help="the device, as status names it"))
 
 

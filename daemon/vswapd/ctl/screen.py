@@ -187,6 +187,7 @@ def _slots(status: Document) -> RenderableType:
         ("phys", "blue", "▓"),
         ("zero", "magenta", "▒"),
         ("unbacked", WARN, "·"),
+        ("lost", BAD, "!"),
     )
     shown = [kind for kind in kinds if slots[kind[0]]]
     parts = [Part(slots[name] / total, colour, glyph) for name, colour, glyph in shown]

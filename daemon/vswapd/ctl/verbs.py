@@ -156,9 +156,16 @@ def swapon(options: Options) -> int:
 
 def swapoff(options: Options) -> int:
     """Take a device out of use."""
-    answer = _ask(options, "swapoff", path=_absolute(options.path))
+    arguments: dict[str, Any] = {"path": _absolute(options.path)}
+    if options.give_up:
+        arguments["give_up"] = True
+    answer = _ask(options, "swapoff", **arguments)
     if answer is not None:
-        print(f"{answer['path']}: out of use, {answer['moved_pages']:,} pages were moved")
+        lost = answer["lost_pages"]
+        print(
+            f"{answer['path']}: out of use, {answer['moved_pages']:,} pages were moved"
+            + (f"; {lost:,} could not be read, and are lost" if lost else "")
+        )
     return 0
 
 

@@ -36,7 +36,7 @@ WRITE_CAUSES: Final = {
 }
 """Why bytes are written to a device, and the counter of the document that says how many."""
 _DEVICE_STATES: Final = ("on", "draining", "failing")
-_SLOT_STATES: Final = ("unbacked", "zero", "zswap", "phys")
+_SLOT_STATES: Final = ("unbacked", "lost", "zero", "zswap", "phys")
 
 
 @dataclass(frozen=True, slots=True)

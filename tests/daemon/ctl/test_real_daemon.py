@@ -77,7 +77,7 @@ def test_names_that_others_rely_on_are_there(ctl: Ctl) -> None:
     """The document has the names that are promised to those who read it."""
     status = ctl.json("status")
     promised = {
-        "slots": "allocated unbacked zero zswap phys",
+        "slots": "allocated unbacked lost zero zswap phys",
         "pool": "bytes max_bytes live_bytes original_bytes",
         "traffic": "store_pages load_pages free_pages writeback_pages writeback_bytes swapin_pages",
         "rejects": "pool_full device_full no_device group_limit writeback_disabled write_budget "

@@ -20,7 +20,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "set": {"key": "pool.max", "old": "20%", "new": "1G"},
     "reload": {"changed": ["pool.max"], "ignored": ["server.max_batch"]},
     "swapon": {"path": "/swap", "size_bytes": 1 << 30, "priority": 3},
-    "swapoff": {"path": "/swap", "moved_pages": 12345},
+    "swapoff": {"path": "/swap", "moved_pages": 12345, "lost_pages": 0},
     "writeback": {"bytes": 100 << 20, "pages": 51200, "stopped": None},
     "compact": {"moved_bytes": 3 << 20, "freed_bytes": 12 << 20},
     "verify": {
@@ -177,6 +177,11 @@ def test_watch_goes_on_until_interrupted(
             "/swap: 1.00 GiB, priority 3\n",
         ),
         ("swapoff /swap", {"path": "/swap"}, "/swap: out of use, 12,345 pages were moved\n"),
+        (
+            "swapoff --give-up /swap",
+            {"path": "/swap", "give_up": True},
+            "/swap: out of use, 12,345 pages were moved\n",
+        ),
         ("writeback 100M", {"bytes": 100 << 20}, "51,200 pages, 100 MiB written\n"),
         ("compact", {}, "12.0 MiB given back, 3.00 MiB moved\n"),
         ("verify", {}, "all good: 9,000 slots, 8,000 entries, 1.00 MiB checked\n"),
@@ -221,6 +226,13 @@ def test_first_refused_setting_ends_it(daemon: Daemon, run: Run) -> None:
         "vswapctl: a: there is no such key; did you mean b?\n",
     )
     assert len(daemon.asked) == 1
+
+
+def test_pages_that_were_given_up_are_counted(daemon: Daemon, run: Run) -> None:
+    """What is lost by a swapoff is said, besides what was moved."""
+    daemon.answers["swapoff"] = {"path": "/swap", "moved_pages": 2, "lost_pages": 1234}
+    said = "/swap: out of use, 2 pages were moved; 1,234 could not be read, and are lost\n"
+    assert run("swapoff", "/swap", "--give-up") == (0, said, "")
 
 
 def test_reload_without_changes(daemon: Daemon, run: Run) -> None:

@@ -56,7 +56,7 @@ def test_swapoff_moves_pages_to_the_pool_and_keeps_ids() -> None:
     space = rig.space()
     slots, pages = _fill(rig, space, 200)
     device = rig.devices[0]
-    assert rig.swapoff(device) == 200
+    assert rig.swapoff(device).moved == 200
     assert set(rig.tags(slots)) == {Tag.ZSWAP}
     assert rig.load(space, slots) == pages
     assert rig.engine.snapshot().devices == ()
@@ -71,7 +71,7 @@ def test_swapoff_moves_pages_to_another_device_if_the_pool_has_no_room() -> None
     rig.set(pool_max=0)
     one, other = rig.devices
     full, empty = (one, other) if rig.device_of(one).live_entries.any() else (other, one)
-    assert rig.swapoff(full) == 200
+    assert rig.swapoff(full).moved == 200
     assert set(rig.tags(slots)) == {Tag.PHYS}
     assert rig.load(space, slots) == pages
     stats = rig.engine.snapshot().stats
@@ -129,7 +129,7 @@ def test_swapoff_with_a_read_error_fails_and_loses_nothing_else() -> None:
     device.bad_blocks = set()
     assert {Tag.ZSWAP, Tag.PHYS} == set(rig.tags(slots))
     assert rig.load(space, slots) == pages
-    assert rig.swapoff(device) > 0
+    assert rig.swapoff(device).moved > 0
     assert rig.load(space, slots) == pages
 
 
@@ -193,7 +193,92 @@ def test_swapoff_moves_what_can_be_read_of_an_extent(others: int) -> None:
     assert rig.peek(space, slots) == [None if i in hit else p for i, p in enumerate(pages)]
     rig.check()
     rig.free(space, slots[hit])
-    assert rig.swapoff(device) == 0
+    assert rig.swapoff(device) == (0, 0)
+
+
+@pytest.mark.parametrize("bad", ["blocks", "bytes", "device"])
+def test_what_is_given_up_is_lost_and_keeps_no_device_in_use(bad: str) -> None:
+    """24: just what nobody can read; it stays an error, until it is overwritten or freed."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space, other = rig.space(), rig.space()
+    slots, pages = _fill(rig, space, 300)
+    more, _ = _fill(rig, other, 40, kind="noise")
+    device = rig.devices[0]
+    hit = list(range(300))
+    if bad == "blocks":
+        blocks = rig.blocks_of(slots)
+        device.bad_blocks = {3, 4, BLOCKS + 5}
+        hit = [i for i in range(300) if blocks[i] & device.bad_blocks]
+        assert 3 < len(hit) < 30
+    elif bad == "bytes":
+        hit = [7, 150, 299]
+        for index in hit:
+            rig.damage(int(slots[index]), byte=60)
+    else:
+        device.fails = lambda kind, _: kind == "read"
+    with pytest.raises(SwapoffError, match="give"):
+        rig.swapoff(device)
+    left = int(rig.device_of(device).live_entries.sum())
+    drained = rig.swapoff(device, give_up=True)
+    assert drained == (0, left)
+    assert left == len(hit) + (len(more) if bad == "device" else 0)
+    rig.check()
+    assert [i for i, tag in enumerate(rig.tags(slots)) if tag == Tag.LOST] == hit
+    assert rig.engine.snapshot().slots.lost == left
+    with pytest.raises(PageLostError) as caught:
+        rig.load(space, slots)
+    assert caught.value.slots.tolist() == slots[hit].tolist()
+    assert rig.peek(space, slots) == [None if i in hit else p for i, p in enumerate(pages)]
+    rig.recover()
+    rig.check()
+    space, other = rig.engine.orphans()
+    with pytest.raises(PageLostError):
+        rig.load(space, slots[hit[0] : hit[0] + 1])
+    some = slots[hit[:2]]
+    rig.store(space, pages_of("mixed", 2), some)
+    assert rig.load(space, some) == pages_of("mixed", 2)
+    rig.check()
+    rig.free(space, slots)
+    rig.close(other)
+    rig.check()
+    assert rig.engine.snapshot().slots.allocated == 0
+
+
+def test_only_what_is_stuck_is_given_up() -> None:
+    """Pages that could be read, and have no room anywhere, keep the device in use all the same."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 100)
+    rig.damage(int(slots[3]), byte=60)
+    rig.set(pool_enabled=False)
+    with pytest.raises(SwapoffError, match="neither the pool nor another device has room"):
+        rig.swapoff(rig.devices[0], give_up=True)
+    assert rig.engine.snapshot().slots.lost == 0
+    assert rig.peek(space, slots) == [None if i == 3 else p for i, p in enumerate(pages)]
+    rig.set(pool_enabled=True)
+    assert rig.swapoff(rig.devices[0], give_up=True) == (99, 1)
+
+
+def test_what_is_loaded_or_overwritten_while_it_is_given_up_is_not_lost() -> None:
+    """Given up is the very word that could not be read, not what the slot has by then."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 20)
+    device = rig.devices[0]
+    device.fails = lambda kind, _: kind == "read"
+    swapoff = start(rig.engine.swapoff("mem0", give_up=True))
+    swapoff.until_io()
+    for _ in ("all", "its entries"):
+        swapoff.perform()
+        swapoff.advance()
+    swapoff.perform()
+    device.fails = None
+    rig.store(space, pages_of("noise", 1), slots[:1])
+    assert rig.load(space, slots[1:2]) == pages[1:2]
+    swapoff.finish()
+    assert swapoff.result == (1, 18)
+    assert rig.load(space, slots[:2]) == [*pages_of("noise", 1), pages[1]]
+    rig.check()
 
 
 @pytest.mark.parametrize("where", ["header", "directory"])
@@ -205,7 +290,7 @@ def test_swapoff_survives_a_damaged_header_or_directory(where: str) -> None:
     for extent in range(4):
         at = 20 if where == "header" else EXTENT_BYTES - 12
         rig.devices[0].data[extent * EXTENT_BYTES + at] ^= 0xFF
-    assert rig.swapoff(rig.devices[0]) == 200
+    assert rig.swapoff(rig.devices[0]).moved == 200
     assert rig.load(space, slots) == pages
 
 

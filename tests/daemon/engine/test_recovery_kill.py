@@ -25,15 +25,17 @@ from vswapd.clusters import slots_of
 from vswapd.control import KeptDevice as Record
 from vswapd.control import Origin
 from vswapd.core import Core
-from vswapd.errors import BadSlotError, UnbackedError
+from vswapd.errors import BadSlotError, PageLostError, UnbackedError
 from vswapd.groups import Space
 from vswapd.memory import Shape, ShardMemory
 from vswapd.recovery import Reopen, recover
 from vswapd.settings import Settings
+from vswapd.swap_table import places_of
 from vswapd.vswap import Engine
 from vswapd_backends.base import U64, run
 from vswapd_backends.shared import SharedRegion
 from vswapd_backends.shared_extents import SharedExtents, owners_region
+from vswapd_blockdev.device import EXTENT_BYTES
 from vswapd_blockdev.extents import ExtentMap
 
 EVERY: Final = int(os.environ.get("VSWAPD_KILL_EVERY", "1"))
@@ -68,6 +70,8 @@ class Scene:
     made: int = 0
     request: dict[int, int] = field(default_factory=dict)
     """By space: the last request that has a number."""
+    damaged: bool = False
+    """Whether there is a page that nobody can read."""
     armed: bool = False
     log: list[Known] = field(default_factory=list)
     """After each acknowledged request from the arming on: what clients know then."""
@@ -134,9 +138,19 @@ class Scene:
         self.rig.engine.swapon(device, 0, extents, origin)
         self._acknowledged()
 
-    def swapoff(self, number: int) -> None:
-        run(self.rig.engine.swapoff(self.devices[number].path))
+    def swapoff(self, number: int, *, give_up: bool = False) -> None:
+        run(self.rig.engine.swapoff(self.devices[number].path, give_up=give_up))
         self._acknowledged()
+
+    def damage(self, space: Space, slots: list[int]) -> None:
+        """Their pages on a device are not what was stored any more."""
+        self.damaged = True
+        for slot in slots:
+            places = places_of(self.rig.words(np.array([slot], np.uint64)))
+            entry, extent = self.rig.engine.core.devices.device_of(int(places.number[0]))
+            assert isinstance(entry.device, KeptDevice)
+            entry.device.region.view[extent * EXTENT_BYTES + int(places.offset[0]) + 30] ^= 1
+            self.held[space.id][slot] = None
 
     def shrink(self) -> None:
         self.rig.settle()
@@ -339,6 +353,21 @@ def _swapoff_to_another_device(s: Scene) -> Callable[[], None]:
     return under_fire
 
 
+def _swapoff_that_gives_up(s: Scene) -> Callable[[], None]:
+    space = s.space()
+    s.swapon(0)
+    slots = s.store(space, "text mixed", 12)
+    s.rig.writeback()
+    s.damage(space, slots[3:6])
+
+    def under_fire() -> None:
+        s.swapoff(0, give_up=True)
+        s.store(space, "text", 1, slots[3:4])
+        s.free(space, slots[4:5])
+
+    return under_fire
+
+
 def _merge(s: Scene) -> Callable[[], None]:
     space = s.space()
     s.swapon(2)
@@ -386,6 +415,7 @@ HISTORIES: Final[dict[str, History]] = {
     "recompression": _recompression,
     "swapoff to the pool": _swapoff_to_the_pool,
     "swapoff to another device": _swapoff_to_another_device,
+    "swapoff that gives up": _swapoff_that_gives_up,
     "merge": _merge,
     "shared device": _shared_device,
 }
@@ -432,11 +462,11 @@ def _page_of(rig: Rig, space: Space, slot: int) -> bytes | None:
     """
     try:
         return rig.load(space, [slot])[0]
-    except UnbackedError:
+    except (UnbackedError, PageLostError):
         return None
 
 
-def _check(rig: Rig, before: Known, after: Known) -> None:
+def _check(rig: Rig, before: Known, after: Known, *, sound: bool = True) -> None:
     """What is there lies between what was acknowledged and what was under way."""
     rig.check()
     there = rig.engine.core.spaces
@@ -461,7 +491,7 @@ def _check(rig: Rig, before: Known, after: Known) -> None:
             else:
                 # On its way to another page it may have lost the old one, but is never another's.
                 assert found in {held[slot], coming.get(slot)} or slot not in coming
-    assert rig.verify().ok
+    assert rig.verify().ok or not sound
 
 
 def _check_slots(rig: Rig, space: Space, before: Known, after: Known) -> None:
@@ -531,7 +561,8 @@ def test_a_kill_at_every_step(name: str) -> None:
         assert ended in {0, DIED}
         done = int.from_bytes(scene.told[8:16], "little")
         rig = _recovered(scene)
-        _check(rig, dry.log[done - 1], dry.log[min(done, len(dry.log) - 1)])
+        after = dry.log[min(done, len(dry.log) - 1)]
+        _check(rig, dry.log[done - 1], after, sound=not dry.damaged)
         _check_goes_on(rig)
         if ended == 0:
             assert done == len(dry.log)
@@ -561,7 +592,8 @@ def test_a_kill_at_every_step_of_a_recovery(name: str) -> None:
             ended = _forked(lambda scene=scene, fatal=second: _die_recovering(scene, fatal))  # type: ignore[misc]
             assert ended in {0, DIED}
             rig = _recovered(scene)
-            _check(rig, dry.log[done - 1], dry.log[min(done, len(dry.log) - 1)])
+            after = dry.log[min(done, len(dry.log) - 1)]
+            _check(rig, dry.log[done - 1], after, sound=not dry.damaged)
             _check_goes_on(rig)
             kills += ended != 0
             if ended == 0:

@@ -37,6 +37,7 @@ from support.engine import (
     MIB,
     ZERO,
     Rig,
+    UnkindDevice,
     ids,
     make_engine,
     page,
@@ -367,19 +368,33 @@ class EngineMachine(RuleBasedStateMachine):
         self.rig.swapon(extents, priority, f"late{self.made}")
 
     @precondition(lambda self: bool(self.rig.devices))
-    @rule(seed=SEEDS)
-    def swapoff(self, seed: int) -> None:
+    @rule(seed=SEEDS, give_up=st.booleans())
+    def swapoff(self, seed: int, *, give_up: bool) -> None:
         device = self.rig.devices[seed % len(self.rig.devices)]
         before = self.rig.device_of(device).live_entries.sum()
         written = device.written
         try:
-            moved = self.rig.swapoff(device)
+            drained = self.rig.swapoff(device, give_up=give_up)
         except SwapoffError:
             assert self.rig.device_of(device).state in {"on", "failing"}
+            self._given_up(device, give_up=give_up)
             return
-        assert moved == before
+        self._given_up(device, give_up=give_up)
+        assert sum(drained) == before
+        assert give_up or not drained.lost
         assert device.closed
         self.written_off += written
+
+    def _given_up(self, device: UnkindDevice, *, give_up: bool) -> None:
+        """What is lost for good was damaged, or could not be read."""
+        slots = np.array([slot for held in self.model.values() for slot in held], np.uint64)
+        lost = {
+            slot
+            for slot, tag in zip(slots.tolist(), self.rig.tags(slots), strict=True)
+            if tag is Tag.LOST
+        }
+        assert lost <= self.damaged or (give_up and device.fails is not None)
+        self.damaged |= lost
 
     @rule(pool_max=SIZES)
     def limit_pool(self, pool_max: int) -> None:

@@ -17,7 +17,7 @@ import pytest
 import vswap
 from support.daemon import RunningDaemon, running_daemon
 from vswap.control import Control
-from vswapd_blockdev.device import EXTENT_BYTES
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
 PAGE: Final = 4096
 MIB: Final = 1 << 20
@@ -208,6 +208,52 @@ def test_a_disk_whose_reads_fail(daemon: RunningDaemon, tmp_path: Path) -> None:
         stored.control.call("swapoff", path=str(path))
         assert stored.lost() == 0
         assert stored.control.call("verify")["ok"]
+
+
+def test_a_disk_of_which_a_part_cannot_be_read(daemon: RunningDaemon, tmp_path: Path) -> None:
+    """The border goes through an extent: only pages beyond it are lost; all others can move away.
+
+    A loop device answers with EIO where the file behind it has ended.
+    """
+    behind = tmp_path / "behind"
+    with (
+        loop_device(behind, 32 * MIB) as path,
+        Stored(daemon, path, size=None, encrypt=False) as stored,
+    ):
+        stored.write_back()
+        image = behind.read_bytes()
+        places = {n: image.find(content[64:128]) for n, content in enumerate(stored.contents)}
+        assert min(places.values()) >= 0
+        spans = {at // EXTENT_BYTES for at in places.values()}
+        middle = sorted(spans)[len(spans) // 2] * EXTENT_BYTES
+        # An entry begins 64 to 80 bytes before what was looked for, and is half a page long.
+        cut = next(
+            at
+            for at in range(middle + EXTENT_BYTES // 4, middle + EXTENT_BYTES, BLOCK_BYTES)
+            if not any(-40 < at - place - PAGE // 2 + 64 < 40 for place in places.values())
+        )
+        os.truncate(behind, cut)
+        hit = {n for n, place in places.items() if place + PAGE // 2 - 64 > cut}
+        assert 0 < len(hit) < PAGES
+        named: set[int] = set()
+        for which, (space, slots) in enumerate(zip(stored.spaces, stored.slots, strict=True)):
+            try:
+                space.load(slots)
+            except vswap.PageLost as error:
+                first = which * PAGES // 2
+                named |= {first + slots.index(slot) for slot in error.slots.tolist()}
+        assert named
+        assert named <= hit
+        assert stored.lost_numbers() == hit
+        with pytest.raises(vswap.OutOfService, match="cannot be read"):
+            stored.control.call("swapoff", path=str(path))
+        assert stored.control.status()["slots"]["phys"] == len(hit)
+        done = stored.control.call("swapoff", path=str(path), give_up=True)
+        assert (done["moved_pages"], done["lost_pages"]) == (0, len(hit))
+        document = stored.control.status()
+        assert (document["slots"]["lost"], document["devices"]) == (len(hit), [])
+        assert stored.control.call("verify")["ok"]
+        assert stored.lost_numbers() == hit
 
 
 def test_a_disk_whose_writes_fail(daemon: RunningDaemon, small_disk: Path, tmp_path: Path) -> None:

@@ -113,8 +113,12 @@ Change = Callable[[bytearray], None]
 @pytest.mark.parametrize(
     ("change", "sealed", "text"),
     [
-        (_other_version, True, r"version 2, and this vswapd knows version 1 only: .* left alone"),
-        (_other_version, False, r"version 2, and this vswapd knows version 1 only"),
+        (
+            _other_version,
+            True,
+            f"version {LAYOUT_VERSION + 1}, and this vswapd knows version {LAYOUT_VERSION} only: .* left",
+        ),
+        (_other_version, False, f"version {LAYOUT_VERSION + 1}, and this vswapd knows version"),
         (_other_magic, True, "no memory of a vswapd"),
         (_other_size, True, "not its"),
         (_other_shape, True, "not of the s"),  # same shard, or size

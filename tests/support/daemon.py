@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from support.process_groups import kill_group
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOURCE_ROOTS = tuple(REPOSITORY / name for name in ("client", "daemon", "backends", "blockdev"))
 DEADLINE_S = 30.0
@@ -95,7 +97,7 @@ class RunningDaemon:
         self.process.send_signal(signal.SIGTERM)
         self.await_exit(expected=0)
         if _group_is_alive(self.pid):
-            os.killpg(self.pid, signal.SIGKILL)
+            kill_group(self.pid)
             raise self._failure("left processes behind")
         if self.socket_path.exists():
             raise self._failure("left its socket behind")
@@ -111,8 +113,7 @@ class RunningDaemon:
 
     def kill(self) -> None:
         """SIGKILL to it and everything it started; for tests of sudden death."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_group(self.pid)
         self.process.wait()
 
     def check_log(self) -> None:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import array
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from support.daemon import DEADLINE_S, daemon_environment
+from support.process_groups import kill_group
 
 _MOST_FDS = 16
 _EXEC = """
@@ -140,8 +140,7 @@ class ServiceManager:
     def kill(self) -> None:
         """SIGKILL to the daemon and all that it started."""
         if self.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+            kill_group(self.process.pid)
             self.process.wait()
 
     def restart(self) -> None:

@@ -116,7 +116,7 @@ Change = Callable[[bytearray], None]
         (
             _other_version,
             True,
-            f"version {LAYOUT_VERSION + 1}, and this vswapd knows version {LAYOUT_VERSION} only: .* left",
+            rf"version {LAYOUT_VERSION + 1}, .* version {LAYOUT_VERSION} only: .* left alone",
         ),
         (_other_version, False, f"version {LAYOUT_VERSION + 1}, and this vswapd knows version"),
         (_other_magic, True, "no memory of a vswapd"),

@@ -235,6 +235,7 @@ FAILING = _changed(
         device(path="/mnt/second/" + "x" * 90, state="draining", priority=5, used_bytes=4096 * MIB),
     ],
     shrinker={"enabled": False, "doing": "idle", "why": "switched off (shrinker.enabled)"},
+    slots={"lost": 7, "zswap": 109993},
     traffic={"lost_pages": 4},
 )
 """A device that fails, one that is being drained, and a daemon that is about to end."""

@@ -15,7 +15,7 @@ from rich.segment import Segment
 
 EMPTY: Final = "░"
 FULL: Final = "█"
-_ASCII: Final = {"░": ".", "█": "#", "▓": "=", "▒": "o", "·": "-"}
+_ASCII: Final = {"░": ".", "█": "#", "▓": "=", "▒": "o", "·": "-", "!": "!"}
 """What stands for a part's glyph where the terminal has none but ASCII."""
 
 

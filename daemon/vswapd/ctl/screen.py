@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from rich.box import ROUNDED
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -191,13 +192,12 @@ def _slots(status: Document) -> RenderableType:
     )
     shown = [kind for kind in kinds if slots[kind[0]]]
     parts = [Part(slots[name] / total, colour, glyph) for name, colour, glyph in shown]
-    legend = Table.grid(padding=(0, 1, 0, 0))
-    cells: list[RenderableType] = []
+    legend = Columns(padding=(0, 3, 0, 0))
     for name, colour, glyph in shown:
-        legend.add_column(width=1)
-        legend.add_column()
-        cells += [Bar((Part(1.0, colour, glyph),)), Text(f"{slots[name]:,} {name}  ")]
-    legend.add_row(*cells)
+        kind = Table.grid(padding=(0, 1, 0, 0))
+        kind.add_column(width=1)
+        kind.add_row(Bar((Part(1.0, colour, glyph),)), Text(f"{slots[name]:,} {name}"))
+        legend.add_renderable(kind)
     return Group(_bar_row(parts, f"{total:,} allocated"), legend)
 
 

@@ -20,6 +20,9 @@ from vswapd.snapshot import Snapshot
 class Serve:
     """A connection, its descriptor with it."""
 
+    joins: bool
+    """Whether it asks for a space that has its first connection already: those are not counted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tell:
@@ -86,10 +89,10 @@ class Beat:
 
 @dataclass(frozen=True, slots=True)
 class Parted:
-    """A connection has gone."""
+    """A connection has gone, or was refused."""
 
-    joined: bool
-    """Whether it served a space that has its first connection on another shard."""
+    joins: bool
+    """As the message that it came with said, whatever it turned out to be."""
 
 
 @dataclass(frozen=True, slots=True)

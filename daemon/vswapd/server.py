@@ -46,7 +46,6 @@ class Server:
         max_frame: int,
         buffer_memory: int,
         request_timeout: float,
-        on_parted: Callable[[Session], None] | None = None,
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.driver = driver
@@ -56,9 +55,9 @@ class Server:
         self.scratch = memoryview(bytearray(64 * 1024))
         self.stopping = False
         self._new_session = new_session
-        self._on_parted = on_parted
         self._max_connections: Final = max_connections
-        self._connections: set[Connection] = set()
+        self._connections: dict[Connection, Callable[[], None]] = {}
+        """And whom to tell when one has gone."""
         self._acceptors: list[Acceptor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
@@ -78,16 +77,22 @@ class Server:
         """Serve the connections of a listening Unix socket. It is closed by `stop`."""
         self._acceptors.append(Acceptor(listener, self.welcome))
 
-    def welcome(self, sock: socket.socket) -> None:
-        """Serve a connection that was accepted, here or elsewhere."""
+    def welcome(self, sock: socket.socket, gone: Callable[[], None] = lambda: None) -> None:
+        """Serve a connection that was accepted, here or elsewhere.
+
+        Args:
+            sock: the connection; owned from now on.
+            gone: called once it has gone, which may be at once: there may be too many.
+        """
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         peer = Peer.of(sock)
         if len(self._connections) >= self._max_connections:
             self._refuse(sock, peer)
+            gone()
             return
         connection = Connection(self, sock, self._new_session(peer))
-        self._connections.add(connection)
+        self._connections[connection] = gone
         self._empty.clear()
         if self._timer is None:
             self._timer = self.loop.call_later(self.request_timeout / _CHECKS, self._check)
@@ -108,10 +113,9 @@ class Server:
 
     def parted(self, connection: Connection) -> None:
         """See connection.Hub."""
-        self._connections.discard(connection)
+        gone = self._connections.pop(connection)
         self._told_full = False
-        if self._on_parted is not None:
-            self._on_parted(connection.session)
+        gone()
         if not self.stopping:
             # At the end there is nothing to be freed for.
             outcome = self.driver.start(connection.session.close())

@@ -121,7 +121,6 @@ class Shard:
         open_device: OpenDevice,
         ledger: Ledger | None = None,
         operators: session.Steering | None = None,
-        on_parted: Callable[[Session], None] | None = None,
         kept: Kept | None = None,
     ) -> None:
         """Make a shard, and start nothing yet.
@@ -135,7 +134,6 @@ class Shard:
             open_device: how a device is opened.
             ledger: what it shares limits through; None: it is the only shard.
             operators: who answers STATUS and CONTROL; None: the shard's own steering.
-            on_parted: told of each connection that has gone.
             kept: memory that outlives this process; None: what is stored dies with it.
 
         Raises:
@@ -165,14 +163,13 @@ class Shard:
             open_device=open_device,
         )
         self.steering.devices.update(devices)
-        self.server: Final = self._make_server(config, host, operators or self.steering, on_parted)
+        self.server: Final = self._make_server(config, host, operators or self.steering)
 
     def _make_server(
         self,
         config: Config,
         host: Host,
         operators: session.Steering,
-        on_parted: Callable[[Session], None] | None,
     ) -> Server:
         keys = config.server
         limits = Limits(
@@ -203,7 +200,6 @@ class Shard:
             max_frame=limits.max_frame,
             buffer_memory=config.buffer_memory(host) // self.ledger.shards,
             request_timeout=float(keys.request_timeout),
-            on_parted=on_parted,
         )
 
     async def start(self, made: contextlib.AsyncExitStack) -> None:

@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,7 +49,6 @@ from vswapd.messages import (
     Tell,
 )
 from vswapd.recovery import RecoveryError
-from vswapd.session import Session
 from vswapd.shard import Kept, Shard, clock
 from vswapd.steering import Opened
 from vswapd.watchdog import Watchdog
@@ -146,7 +146,6 @@ class ShardProcess:
             open_device=self._open_device,
             ledger=Ledger(birth.ledger, birth.index),
             operators=_Operators(self._channel, birth.host),
-            on_parted=self._parted,
             kept=Kept(birth.memory, self._reopen if birth.revived else None, birth.kept),
         )
         self._shard.engine.on_pressure = self._pressure
@@ -179,8 +178,10 @@ class ShardProcess:
         await self._ready.wait()
         shard = self._shard
         match message:
-            case Serve():
-                shard.server.welcome(socket.socket(fileno=descriptors[0]))
+            case Serve(joins):
+                # What it says later may be something else: what was counted is what is taken off.
+                gone = partial(self._channel.tell, Parted(joins))
+                shard.server.welcome(socket.socket(fileno=descriptors[0]), gone)
             case Tell():
                 return self._state()
             case Carry(request):
@@ -252,10 +253,6 @@ class ShardProcess:
                     used.attach, os.dup(used.fd), os.dup(used.owners_fd), kept.origin.key
                 )
         return None
-
-    def _parted(self, session: Session) -> None:
-        # One that was resumed was not counted when it came: it said a token, as those do that join.
-        self._channel.tell(Parted(session.joined))
 
     def _pressure(self) -> None:
         """There is something for the shrinker to do; perhaps for those of other shards too."""

@@ -395,10 +395,10 @@ class Supervisor:
                 child.beaten = True
                 if all(each.beaten for each in self._children):
                     self._all_beaten.set()
-            case Parted(joined):
+            case Parted(joins):
                 child.connections -= 1
-                child.clients -= not joined
-                self._clients -= not joined
+                child.clients -= not joins
+                self._clients -= not joins
                 self._told_full = False
             case Hungry():
                 for other in self._children:
@@ -522,16 +522,16 @@ class Supervisor:
         self._clients += not joins
         if child.there.is_set():
             with sock:
-                child.channel.tell(Serve(), [sock.fileno()])
+                child.channel.tell(Serve(joins), [sock.fileno()])
         else:
-            self._later(self._hand_over_later(sock, child))
+            self._later(self._hand_over_later(sock, child, joins))
 
     @staticmethod
-    async def _hand_over_later(sock: socket.socket, child: Child) -> None:
+    async def _hand_over_later(sock: socket.socket, child: Child, joins: bool) -> None:  # noqa: FBT001 - as in Serve
         """To a shard that is being started again."""
         with sock:
             await child.there.wait()
-            child.channel.tell(Serve(), [sock.fileno()])
+            child.channel.tell(Serve(joins), [sock.fileno()])
 
     # What operators see
 

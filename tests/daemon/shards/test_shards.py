@@ -8,7 +8,7 @@ import os
 import select
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,15 @@ import pytest
 
 import vswap
 from support.daemon import RunningDaemon, running_daemon
-from support.wire import BAD_ARGUMENT, BAD_SLOT, HELLO, STATUS, TOO_MANY_CONNECTIONS, Wire
+from support.wire import (
+    BAD_ARGUMENT,
+    BAD_SLOT,
+    FOR_CONTROL,
+    HELLO,
+    STATUS,
+    TOO_MANY_CONNECTIONS,
+    Wire,
+)
 from vswap.control import Control
 
 SHARDS = 3
@@ -250,6 +258,72 @@ def test_too_many_clients_are_told() -> None:
         while first.ask(STATUS).json["clients"] != 2:
             pass
         opened.enter_context(on_shard(small, 0)).assert_in_step()
+
+
+def _with_a_late_token(wire: Wire) -> None:
+    """The supervisor has looked at the first greeting, and the second one joins a space."""
+    assert wire.ask(HELLO, b'{"window": -1}').status == BAD_ARGUMENT
+    wire.hello(token="0" * 32)
+
+
+def _with_a_long_greeting(wire: Wire) -> None:
+    """More than the supervisor looks at."""
+    wire.hello(token="0" * 32, client="x" * 5000)
+
+
+def _with_a_token_that_is_none(wire: Wire) -> None:
+    assert wire.ask(HELLO, b'{"token": "x"}').status == BAD_ARGUMENT
+
+
+def _with_a_token_for_nothing(wire: Wire) -> None:
+    wire.hello(FOR_CONTROL, token="0" * 32)
+
+
+@pytest.mark.parametrize(
+    "greet",
+    [
+        _with_a_late_token,
+        _with_a_long_greeting,
+        _with_a_token_that_is_none,
+        _with_a_token_for_nothing,
+    ],
+)
+def test_places_are_given_back_as_they_were_taken(greet: Callable[[Wire], None]) -> None:
+    """However a client greets, and goes: as many clients as before may come after it, no more."""
+    with (
+        running_daemon("server.shards=2", "server.max_connections=3") as small,
+        contextlib.ExitStack() as opened,
+    ):
+        opened.enter_context(on_shard(small, 0))
+        for _ in range(4):
+            with Wire(small.socket_path) as wire:
+                greet(wire)
+            # Each shard has said who has gone before it answers for the status of those after it.
+            for shard in range(2):
+                with on_shard(small, shard, token="1" * 32) as later:
+                    later.ask(STATUS)
+        for _ in range(2):
+            opened.enter_context(on_shard(small, 1)).assert_in_step()
+        with Wire(small.socket_path) as refused:
+            refused.socket.sendall(refused.frame(HELLO))
+            assert refused.reply().status == TOO_MANY_CONNECTIONS
+
+
+def test_a_client_that_a_shard_refuses_has_no_place() -> None:
+    """One shard is full of connections that are not counted: who is refused there, neither."""
+    with (
+        running_daemon("server.shards=2", "server.max_connections=2") as small,
+        contextlib.ExitStack() as opened,
+    ):
+        _, watcher = (opened.enter_context(on_shard(small, 0, token="0" * 32)) for _ in range(2))
+        for _ in range(3):
+            with Wire(small.socket_path) as refused:
+                refused.socket.sendall(refused.frame(HELLO, b'{"shard": 0}'))
+                assert "2 connections are open" in refused.reply().text
+                refused.assert_closed()
+            watcher.ask(STATUS)  # the shard has said so before it answers
+        for _ in range(2):
+            opened.enter_context(on_shard(small, 1)).assert_in_step()
 
 
 def test_a_shard_is_killed_while_it_is_asked() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import socket
 from collections.abc import Callable, Coroutine
 from typing import Any, Final
@@ -30,6 +31,8 @@ _LOG: Final = logging.getLogger(__name__)
 _SEND_BUFFER: Final = 512 * 1024
 """What the kernel may hold of unread replies, per connection: one of 64 pages fits (the kernel
 counts its own overhead too), and the loop is spared a second turn for its rest."""
+_QUIET_S: Final = 60.0
+"""Between two lines of the journal about clients that were refused."""
 _CHECKS: Final = 4
 """Looks per time of patience: a connection is cut off at most a quarter late."""
 
@@ -56,6 +59,7 @@ class Server:
         self.stopping = False
         self._new_session = new_session
         self._max_connections: Final = max_connections
+        self._refusals = Refusals(max_connections)
         self._connections: dict[Connection, Callable[[], None]] = {}
         """And whom to tell when one has gone."""
         self._acceptors: list[Acceptor] = []
@@ -64,7 +68,6 @@ class Server:
         self._empty.set()
         self._timer: asyncio.TimerHandle | None = None
         self._soon: asyncio.TimerHandle | None = None
-        self._told_full = False
 
     @property
     def clients(self) -> int:
@@ -85,36 +88,23 @@ class Server:
             gone: called once it has gone, which may be at once: there may be too many.
         """
         sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        peer = Peer.of(sock)
         if len(self._connections) >= self._max_connections:
-            self._refuse(sock, peer)
+            self._refusals.refuse(sock, self.loop.time())
             gone()
             return
-        connection = Connection(self, sock, self._new_session(peer))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        connection = Connection(self, sock, self._new_session(Peer.of(sock)))
         self._connections[connection] = gone
         self._empty.clear()
         if self._timer is None:
             self._timer = self.loop.call_later(self.request_timeout / _CHECKS, self._check)
         connection.start()
 
-    def _refuse(self, sock: socket.socket, peer: Peer) -> None:
-        if not self._told_full:
-            # Once until there is room again: whoever is refused may try in a loop.
-            self._told_full = True
-            _LOG.warning(
-                "%s was refused: server.max_connections = %d are open",
-                peer.name,
-                self._max_connections,
-            )
-        refuse(sock, self._max_connections)
-
     # Going
 
     def parted(self, connection: Connection) -> None:
         """See connection.Hub."""
         gone = self._connections.pop(connection)
-        self._told_full = False
         gone()
         if not self.stopping:
             # At the end there is nothing to be freed for.
@@ -183,13 +173,31 @@ class Server:
                 timer.cancel()
 
 
-def refuse(sock: socket.socket, connections: int) -> None:
-    """Tell a client that there are as many connections as there may be, and close its own."""
-    text = f"{connections} connections are open: close one, or raise server.max_connections"
-    header = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
-    reply = failure(header, Status.TOO_MANY_CONNECTIONS, text)
-    with sock:
-        try:
-            sock.sendmsg(reply.parts, (), socket.MSG_NOSIGNAL)
-        except OSError:
-            return  # gone already: it will not miss the answer
+class Refusals:
+    """Tells clients that there are as many connections as there may be; the journal, now and then.
+
+    Who is refused may try in a loop, and may let a place become free in between: that is no news.
+    """
+
+    def __init__(self, most: int) -> None:
+        """For so many connections."""
+        self._most: Final = most
+        self._quiet_until = -math.inf
+
+    def refuse(self, sock: socket.socket, now: float) -> None:
+        """Say so, and close the connection. `now` is in seconds, of any clock that only rises."""
+        if now >= self._quiet_until:
+            self._quiet_until = now + _QUIET_S
+            _LOG.warning(
+                "%s was refused: server.max_connections = %d are open",
+                Peer.of(sock).name,
+                self._most,
+            )
+        text = f"{self._most} connections are open: close one, or raise server.max_connections"
+        header = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
+        reply = failure(header, Status.TOO_MANY_CONNECTIONS, text)
+        with sock:
+            try:
+                sock.sendmsg(reply.parts, (), socket.MSG_NOSIGNAL)
+            except OSError:
+                return  # gone already: it will not miss the answer

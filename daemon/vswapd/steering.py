@@ -71,7 +71,9 @@ def log_answer(verb: str, answer: dict[str, Any]) -> None:
     """What was done at somebody's request, for the journal."""
     if verb != "spaces":
         told = {key: value for key, value in answer.items() if key != "problems"}
-        _LOG.info("%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
+        # Whoever may connect may make spaces and drop them again, as often as he likes.
+        level = logging.DEBUG if verb == "drop" else logging.INFO
+        _LOG.log(level, "%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
 
 
 def with_set(old: Config, key: str, value: str) -> Config:

@@ -63,7 +63,7 @@ from vswapd.messages import (
     Stop,
     Tell,
 )
-from vswapd.server import refuse
+from vswapd.server import Refusals
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
@@ -259,7 +259,8 @@ class Supervisor:
         """Configurations and devices change one after the other."""
         self._clients = 0
         self._tally = Tally(0, 0, 0)
-        self._told_full = False
+        self._most: Final = self._config.server.max_connections
+        self._refusals = Refusals(self._most)
         self._turns = 0
         self._stopping = False
         self._serving = False
@@ -399,7 +400,6 @@ class Supervisor:
                 child.connections -= 1
                 child.clients -= not joins
                 self._clients -= not joins
-                self._told_full = False
             case Hungry():
                 for other in self._children:
                     if other is not child:
@@ -502,12 +502,8 @@ class Supervisor:
         if wish is None and name is not None:
             # Whoever asks for it comes to the same shard, which knows whether it is in use.
             wish = crc32(name.encode(errors="replace")) % len(self._children)
-        most = self._config.server.max_connections
-        if not joins and self._clients >= most:
-            if not self._told_full:
-                self._told_full = True
-                _LOG.warning("a client was refused: server.max_connections = %d are open", most)
-            refuse(sock, most)
+        if not joins and self._clients >= self._most:
+            self._refusals.refuse(sock, self._loop.time())
             return
         if wish is not None and 0 <= wish < len(self._children):
             child = self._children[wish]

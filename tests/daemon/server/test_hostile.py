@@ -24,6 +24,7 @@ from support.wire import (
     PING,
     STATUS,
     STORE,
+    TOO_MANY_CONNECTIONS,
     Wire,
     noise,
     pack,
@@ -254,3 +255,24 @@ def test_huge_texts_are_not_read(daemon: RunningDaemon) -> None:
             if op == HELLO:
                 wire.hello(FOR_CONTROL)
         assert wire.control("compact").status == 0
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_journal_is_not_flooded(shards: int) -> None:
+    """By clients that are refused while places become free, or that drop what they have made."""
+    settings = (f"server.shards={shards}", "server.max_connections=2", "pool.max=8M")
+    with running_daemon(*settings) as daemon, Wire(daemon.socket_path) as good:
+        good.hello()
+        for _ in range(20):
+            with Wire(daemon.socket_path) as wire:
+                wire.hello(name="again and again")
+                with Wire(daemon.socket_path) as refused:
+                    with contextlib.suppress(BrokenPipeError):  # one shard does not wait for it
+                        refused.socket.sendall(refused.frame(HELLO))
+                    assert refused.reply().status == TOO_MANY_CONNECTIONS
+            while good.ask(STATUS).json["clients"] != 1:
+                pass
+            good.done("drop", name="again and again")
+        lines = [line for line in daemon.log.splitlines() if "refused" in line or "drop" in line]
+        assert len(lines) == 1, lines
+        assert f" {os.getpid()} was refused" in lines[0]

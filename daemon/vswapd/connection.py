@@ -10,8 +10,9 @@ Invariants:
 - One request is carried out at a time, and none while an earlier one's reply is far from sent:
   a client that does not read its replies is not read from.
 - Memory is bounded: the request being received or carried out, its reply, and HIGH_WATER bytes of
-  earlier replies. All but the latter is taken from the budget before a body is received. A
-  connection that has nothing under way holds 24 bytes.
+  earlier replies. All but the latter is taken from the budget before a body is received, and given
+  back once no more than the latter is left: who waits for memory holds none. A connection that has
+  nothing under way holds 24 bytes.
 - What is wrong by its header is skipped, not received.
 - Where spaces outlive the process, a request that changes anything is not begun before all earlier
   replies are on their way: so at most one is in doubt when it dies.
@@ -97,14 +98,13 @@ class Hub(Protocol):
 class _Outgoing:
     """A reply that is not sent yet."""
 
-    __slots__ = ("closes", "descriptor", "left", "parts", "taken")
+    __slots__ = ("closes", "descriptor", "left", "parts")
 
-    def __init__(self, reply: Reply, taken: int) -> None:
+    def __init__(self, reply: Reply) -> None:
         self.parts = reply.parts
         self.left = reply.size
         self.closes = reply.closes
         self.descriptor = reply.descriptor
-        self.taken = taken
 
 
 class Connection:
@@ -136,6 +136,8 @@ class Connection:
         # Sending
         self._out: deque[_Outgoing] = deque()
         self._unsent = 0
+        self._owed = 0
+        """Of the budget, for the last reply: until HIGH_WATER bytes are left to be sent."""
         self._writing = False
         # For `check`
         self._moved = 0
@@ -313,12 +315,14 @@ class Connection:
         """The request has its reply: send it, and look for the next."""
         self._verdict = None
         self._return_buffer()
-        taken, self._taken = self._taken, 0
+        if self._taken:  # then nothing is owed: it was received when little was left to be sent
+            self._owed, self._taken = self._taken, 0
         self._state = _State.OVER if reply.closes else _State.HEADER
-        self._out.append(_Outgoing(reply, taken))
+        self._out.append(_Outgoing(reply))
         self._unsent += reply.size
         if len(self._out) == 1:
             self._flush()
+        self._settle()
         if self._stopping and self._state is _State.HEADER:
             self._say_stopping()
         elif self._sock.fileno() >= 0:
@@ -357,7 +361,6 @@ class Connection:
                 first.left -= sent
                 if not first.left:
                     out.popleft()
-                    self._give(first.taken)
                     if first.closes:
                         self._lost()
                         return
@@ -384,6 +387,7 @@ class Connection:
     def _send_on(self) -> None:
         before = self._unsent
         self._flush()
+        self._settle()
         if self._sock.fileno() < 0:
             return
         if not self._out and self._state is _State.OVER:
@@ -427,12 +431,12 @@ class Connection:
         self._read(False)
         self._write(False)
         self._sock.close()
-        for waiting in self._out:
-            self._give(waiting.taken)
+        busy = self._state is _State.ENGINE
+        # First of all: what is given back may be granted to whoever waits, this one included.
+        self._state = _State.OVER
         self._out.clear()
         self._unsent = 0
-        busy = self._state is _State.ENGINE
-        self._state = _State.OVER
+        self._settle()
         if not busy:
             self._return_memory()
             self._hub.parted(self)
@@ -452,7 +456,7 @@ class Connection:
         if self._seen != self._moved or self._seen_requests != self._requests:
             self._since = now
         self._seen, self._seen_requests = self._moved, self._requests
-        held = max([self._taken, *(reply.taken for reply in self._out)])
+        held = max(self._taken, self._owed)
         crowded = held > 0 and self._hub.buffers.lane(held).crowded
         patience = self._hub.request_timeout
         if crowded:
@@ -485,6 +489,12 @@ class Connection:
                 self._hub.loop.add_writer(self._sock, self._writable)
             else:
                 self._hub.loop.remove_writer(self._sock)
+
+    def _settle(self) -> None:
+        """Give back what replies have taken, once little of them is left."""
+        if self._owed and self._unsent <= HIGH_WATER:
+            owed, self._owed = self._owed, 0
+            self._give(owed)
 
     def _give(self, taken: int) -> None:
         if taken:

@@ -25,6 +25,7 @@ from support.wire import (
     STATUS,
     STORE,
     TOO_MANY_CONNECTIONS,
+    WITH_SLOTS,
     Wire,
     noise,
     pack,
@@ -276,3 +277,23 @@ def test_the_journal_is_not_flooded(shards: int) -> None:
         lines = [line for line in daemon.log.splitlines() if "refused" in line or "drop" in line]
         assert len(lines) == 1, lines
         assert f" {os.getpid()} was refused" in lines[0]
+
+
+def test_small_replies_that_are_not_read_hold_no_memory(daemon: RunningDaemon) -> None:
+    """However much was sent for them: others are served, and the daemon goes on when it is cut off.
+
+    One that waited for memory that it held itself, and was cut off, once held it for ever.
+    """
+    with Wire(daemon.socket_path) as good, Wire(daemon.socket_path) as deaf:
+        good.hello()
+        deaf.hello()
+        slots = deaf.store(bytes(64 * 4096)).slots
+        frame = deaf.frame(STORE, pack(slots) + bytes(64 * 4096), count=64, flags=WITH_SLOTS)
+        deaf.socket.settimeout(2)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(2 * BUFFERS // len(frame) * 40):
+                deaf.socket.sendall(frame)
+        good.socket.settimeout(5)
+        work(good, 20)
+        deaf.socket.close()
+        work(good, 20)

@@ -1,9 +1,11 @@
 """Memory for requests and replies: how much all connections may take together, and reuse of it.
 
-Small and large requests have a lane each, a quarter and three quarters of the budget. So clients
-that fill their lane with large frames, and let them lie, hold up large frames only.
+Small and large requests have a lane each, half of the budget. Small are those of which every
+connection can have one under way at the same time: so clients that begin as many requests as they
+can, and let them lie, hold up large frames only.
 
 Invariants:
+- Nobody waits in the lane of the small ones, as long as each connection has one request at most.
 - A lane never hands out more than its size, but for one request that is larger than the lane when
   nothing else is out: there is always progress.
 - Who waits is served in the order of asking.
@@ -20,8 +22,8 @@ from collections.abc import Callable
 from typing import Final
 
 LARGE: Final = 1 << 20
-"""Bytes from which on a request goes into the lane of the large ones: 256 pages."""
-_SMALL_SHARE: Final = 4
+"""Bytes from which on a request is large, however few connections there may be: 256 pages."""
+_SMALL_SHARE: Final = 2
 _KEPT_BYTES: Final = 4 << 20
 """Most bytes of buffers that are kept for reuse. A buffer of 64 pages that is warm saves 0.3 us per
 page against a fresh one, whose pages the kernel must clear."""
@@ -67,15 +69,17 @@ class Lane:
 class Buffers:
     """The budget of all connections, and buffers that were used before."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, connections: int) -> None:
+        """A budget of `size` bytes for so many connections at most."""
         self._small: Final = Lane(size // _SMALL_SHARE)
+        self._most_small: Final = min(LARGE, self._small.size // connections)
         self._large: Final = Lane(size - size // _SMALL_SHARE)
         self._kept: dict[int, list[bytearray]] = {}
         self._kept_bytes = 0
 
     def lane(self, amount: int) -> Lane:
         """Where a request of so many bytes, reply included, is accounted."""
-        return self._small if amount <= LARGE else self._large
+        return self._small if amount <= self._most_small else self._large
 
     @property
     def crowded(self) -> bool:

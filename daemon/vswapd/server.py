@@ -52,7 +52,7 @@ class Server:
     ) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.driver = driver
-        self.buffers = Buffers(buffer_memory)
+        self.buffers = Buffers(buffer_memory, max_connections)
         self.max_frame = max_frame
         self.request_timeout = request_timeout
         self.scratch = memoryview(bytearray(64 * 1024))

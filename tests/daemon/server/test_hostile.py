@@ -297,3 +297,28 @@ def test_small_replies_that_are_not_read_hold_no_memory(daemon: RunningDaemon) -
         work(good, 20)
         deaf.socket.close()
         work(good, 20)
+
+
+def test_small_requests_never_wait_for_memory() -> None:
+    """Also if all other connections have begun a request each, small or huge, and let it lie."""
+    settings = (f"server.buffer_memory={BUFFERS}", "server.max_batch=256", "pool.max=64M")
+    with (
+        running_daemon(*settings, f"server.max_connections={HOSTILE}") as daemon,
+        contextlib.ExitStack() as opened,
+    ):
+        good = opened.enter_context(Wire(daemon.socket_path))
+        good.hello()
+        begun = []
+        for number in range(HOSTILE - 1):
+            wire = opened.enter_context(Wire(daemon.socket_path))
+            wire.hello()
+            count = (80, 256)[number % 4 == 0]
+            frame = wire.frame(STORE, bytes(count * 4096), count=count)
+            wire.socket.sendall(frame[:1000])
+            begun.append((wire, frame))
+            work(good, 5)
+        work(good, 50)
+        # Nobody was cut off for it.
+        for wire, frame in begun:
+            wire.socket.sendall(frame[1000:])
+            assert wire.reply().status == 0

@@ -28,6 +28,7 @@ from vswapd_backends.base import U64
 _REQUEST: Final = 1
 _COUNT: Final = 2
 _IDS: Final = 8
+_WORD: Final = (1 << 64) - 1
 
 _NOTHING: Final = 0
 _STORING: Final = 1
@@ -81,7 +82,7 @@ class Answers:
         words, at, count = self._words, record * ANSWER_WORDS, len(ids)
         assert count <= MOST_ANSWERED
         words[at] = _NOTHING
-        words[at + _REQUEST] = request
+        words[at + _REQUEST] = request - (request >> 63 << 64)  # as a signed word
         words[at + _COUNT] = count
         if count == 1:
             words[at + _IDS] = ids.view(np.int64).item()
@@ -108,7 +109,7 @@ class Answers:
         if state not in {_STORED, _FREED}:
             return None
         request = self._words[record * ANSWER_WORDS + _REQUEST]
-        return Answer(request, self._ids(record), state == _FREED)
+        return Answer(request & _WORD, self._ids(record), state == _FREED)
 
     def forget(self, record: int) -> None:
         """Forget all of a space, and give its memory back."""

@@ -145,6 +145,21 @@ def test_a_client_that_does_not_come_back_is_forgotten() -> None:
             assert late.ask(HELLO, said).status == SPACE_LOST
 
 
+@pytest.mark.parametrize("number", [1 << 63, (1 << 64) - 1])
+def test_requests_may_have_any_number(daemon: RunningDaemon, number: int) -> None:
+    """Up to 64 bits, as the protocol says, and whoever comes back is told of it by that."""
+    with Wire(daemon.socket_path) as wire:
+        token = wire.hello(shard=0)["token"]
+        slots = wire.store(noise(3)).slots
+        wire.last_id = number - 2
+        assert wire.free(slots[1:]).status == 0
+        assert wire.store(noise(1)).request_id == number
+        kill_all(daemon)
+    with Wire(daemon.socket_path) as back:
+        last = back.hello(shard=0, token=token, resume=True)["last"]
+        assert (last["request"], last["status"]) == (number, 0)
+
+
 def test_another_users_or_a_made_up_token_resumes_nothing(daemon: RunningDaemon) -> None:
     """Whoever says a token that opened no space gets none."""
     with Wire(daemon.socket_path) as wire:

@@ -174,7 +174,6 @@ class Front:
         """Make everything, and leave in `made` how it is unmade."""
         if self._sockets.own is not None:
             made.callback(self._sockets.own.close)
-        _raise_descriptors(self._config.server.max_connections)
         await self.body.start(made)
         made.push_async_callback(asyncio.to_thread, self._close_metrics)
         await asyncio.to_thread(self.configure, self._config)
@@ -274,9 +273,13 @@ def cannot_lock(error: OSError) -> str:
     )
 
 
-def _raise_descriptors(connections: int) -> None:
-    """Allow as many descriptors as the connections need, or say that they cannot be had."""
-    wanted = connections + _OTHER_DESCRIPTORS
+def raise_descriptors(config: Config) -> None:
+    """Allow as many descriptors as the connections need, or say that they cannot be had.
+
+    Here, and in processes that are forked from now on: any of them may have all connections.
+    """
+    connections = config.server.max_connections
+    wanted = connections * (2 if config.server.window else 1) + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -26,7 +26,14 @@ from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Shards
 from vswapd.control import Control, KeptDevice
 from vswapd.errors import OutOfServiceError
-from vswapd.front import Front, ServiceError, Tally, cannot_lock, open_sockets
+from vswapd.front import (
+    Front,
+    ServiceError,
+    Tally,
+    cannot_lock,
+    open_sockets,
+    raise_descriptors,
+)
 from vswapd.host import Host
 from vswapd.keeping import Keeping, KeepingError, Life, claim
 from vswapd.notify import ServiceManager
@@ -297,6 +304,7 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
     host, manager = Host.here(), ServiceManager()
     config.settings(host)  # what is wrong with it is found before anything is made
     sockets = open_sockets(config, host, manager)
+    raise_descriptors(config)
     with contextlib.ExitStack() as undo:
         if sockets.own is not None:
             undo.callback(sockets.own.close)

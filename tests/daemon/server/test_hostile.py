@@ -322,3 +322,16 @@ def test_small_requests_never_wait_for_memory() -> None:
         for wire, frame in begun:
             wire.socket.sendall(frame[1000:])
             assert wire.reply().status == 0
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_there_are_descriptors_for_all_connections_and_their_windows(shards: int) -> None:
+    """In every process, wherever they all are; the system's soft limit is raised for them."""
+    settings = (f"server.shards={shards}", "server.max_connections=100", "pool.max=8M")
+    soft = ["sh", "-c", 'ulimit -Sn 150; exec "$@"', "sh"]
+    with running_daemon(*settings, under=soft) as daemon, contextlib.ExitStack() as opened:
+        for _ in range(100):
+            wire = opened.enter_context(Wire(daemon.socket_path))
+            assert wire.hello(shard=shards - 1, window=4096)["window"] == 4096
+        work(wire, 5)
+        assert "descriptors" not in daemon.log

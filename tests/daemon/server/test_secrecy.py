@@ -102,6 +102,14 @@ def test_another_clients_pages_are_no_ones_to_take(daemon: RunningDaemon) -> Non
             ):
                 with pytest.raises(vswap.BadSlot):
                     attempt()
+        for all_at_once in (
+            lambda: thief.load(slots),
+            lambda: thief.free(slots),
+            lambda: thief.store(content[::-1], slots=slots),
+            lambda: thief.load(np.concatenate([thief.store(content), slots[-1:]])),
+        ):
+            with pytest.raises(vswap.BadSlot):
+                all_at_once()
         assert victim.load(slots) == content
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import select
 import signal
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
 
 SHARDS = 3
+NOBODY = 65534
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -160,11 +164,35 @@ def test_requests_may_have_any_number(daemon: RunningDaemon, number: int) -> Non
         assert (last["request"], last["status"]) == (number, 0)
 
 
-def test_another_users_or_a_made_up_token_resumes_nothing(daemon: RunningDaemon) -> None:
-    """Whoever says a token that opened no space gets none."""
-    with Wire(daemon.socket_path) as wire:
-        said = f'{{"token": "{"0" * 32}", "resume": true}}'.encode()
-        assert wire.ask(HELLO, said).status == SPACE_LOST
+def as_nobody(path: Path, said: bytes, pipe: Connection) -> None:
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    with Wire(path) as thief:
+        pipe.send(thief.ask(HELLO, said).status)
+
+
+def test_another_users_or_a_made_up_token_resumes_nothing() -> None:
+    """Whoever says a token that opened no space of his gets none; the space waits for its owner."""
+    with running_daemon("server.shards=2", "server.socket_mode=0666", "pool.max=8M") as daemon:
+        os.chmod(daemon.directory, 0o755)
+        with Wire(daemon.socket_path) as wire:
+            said = f'{{"token": "{"0" * 32}", "resume": true}}'.encode()
+            assert wire.ask(HELLO, said).status == SPACE_LOST
+        if os.geteuid() != 0:
+            return  # being another user needs root
+        with Wire(daemon.socket_path) as owner:
+            token = owner.hello(shard=1)["token"]
+            content = noise(5)
+            slots = owner.store(content).slots
+            kill_all(daemon)
+        said = f'{{"token": "{token}", "shard": 1, "resume": true}}'.encode()
+        here, there = FORK.Pipe()
+        thief = FORK.Process(target=as_nobody, args=(daemon.socket_path, said, there))
+        thief.start()
+        assert here.recv() == SPACE_LOST
+        thief.join()
+        with Wire(daemon.socket_path) as owner:
+            owner.hello(token=token, shard=1, resume=True)
+            assert owner.load(slots).body == content
 
 
 def test_a_space_that_is_in_use_is_not_taken_over(daemon: RunningDaemon) -> None:

@@ -187,7 +187,7 @@ ERROR_OF_STATUS: Final[dict[Status, tuple[type[VswapError], str]]] = {
     Status.INTERNAL: (DaemonFailed, "the daemon's journal has the cause"),
     Status.TOO_MANY_CONNECTIONS: (
         ConnectionRefused,
-        "close other connections or raise server.max_connections",
+        "close other connections, or raise server.max_connections or server.max_user_connections",
     ),
     Status.STOPPING: (Stopping, "connect again when it is back"),
     Status.TIMED_OUT: (TimedOut, "a frame must be sent without pauses (server.request_timeout)"),

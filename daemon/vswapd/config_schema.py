@@ -310,6 +310,7 @@ class Server(Keys, frozen=True, kw_only=True):
     socket_mode: Mode = Mode(0o600)
     socket_group: str = ""
     max_connections: Annotated[int, Meta(ge=1, le=65536)] = 64
+    max_user_connections: Annotated[int, Meta(ge=1, le=65536)] = 48
     max_batch: Annotated[int, Meta(ge=1, le=4096)] = 4096
     max_pipeline: Annotated[int, Meta(ge=1, le=1024)] = 16
     buffer_memory: Size = Size(256 << 20)

@@ -279,7 +279,8 @@ def raise_descriptors(config: Config) -> None:
     Here, and in processes that are forked from now on: any of them may have all connections.
     """
     connections = config.server.max_connections
-    wanted = connections * (2 if config.server.window else 1) + _OTHER_DESCRIPTORS
+    # Operators have as many again.
+    wanted = 2 * connections * (2 if config.server.window else 1) + _OTHER_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

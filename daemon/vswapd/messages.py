@@ -20,8 +20,9 @@ from vswapd.snapshot import Snapshot
 class Serve:
     """A connection, its descriptor with it."""
 
-    joins: bool
-    """Whether it asks for a space that has its first connection already: those are not counted."""
+    place: int | None
+    """The user whose place it takes; None: it asks for a space that has its first connection, and a
+    place, already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Beat:
 class Parted:
     """A connection has gone, or was refused."""
 
-    joins: bool
+    place: int | None
     """As the message that it came with said, whatever it turned out to be."""
 
 

@@ -1,7 +1,7 @@
 """The listening socket and everybody who came through it.
 
 Invariants:
-- No more than max_connections are open; one more is told so, and closed.
+- No more than there are places for are open (see `places`); one more is told so, and closed.
 - One round of the loop serves one request of a connection, and one turn of all that is too large
   for a round (see `turns`): whatever one client sends, others wait for little of it at a time.
 - Stopping answers what is under way, tells everybody else, and leaves no task behind.
@@ -24,6 +24,7 @@ from vswapd.buffers import Buffers
 from vswapd.connection import CROWDED_S, Connection
 from vswapd.driver import Driver, Pending
 from vswapd.peer import Peer
+from vswapd.places import Places
 from vswapd.session import Session, failure
 
 _LOG: Final = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Server:
         driver: Driver,
         new_session: Callable[[Peer], Session],
         max_connections: int,
+        max_user_connections: int,
         max_frame: int,
         buffer_memory: int,
         request_timeout: float,
@@ -58,8 +60,8 @@ class Server:
         self.scratch = memoryview(bytearray(64 * 1024))
         self.stopping = False
         self._new_session = new_session
-        self._max_connections: Final = max_connections
-        self._refusals = Refusals(max_connections)
+        self._places: Final = Places(max_connections, max_user_connections)
+        self._refusals: Final = Refusals()
         self._connections: dict[Connection, Callable[[], None]] = {}
         """And whom to tell when one has gone."""
         self._acceptors: list[Acceptor] = []
@@ -88,12 +90,14 @@ class Server:
             gone: called once it has gone, which may be at once: there may be too many.
         """
         sock.setblocking(False)
-        if len(self._connections) >= self._max_connections:
-            self._refusals.refuse(sock, self.loop.time())
+        peer = Peer.of(sock)
+        if why := self._places.refusal(peer.uid):
+            self._refusals.refuse(sock, why, self.loop.time())
             gone()
             return
+        self._places.take(peer.uid)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        connection = Connection(self, sock, self._new_session(Peer.of(sock)))
+        connection = Connection(self, sock, self._new_session(peer))
         self._connections[connection] = gone
         self._empty.clear()
         if self._timer is None:
@@ -105,6 +109,7 @@ class Server:
     def parted(self, connection: Connection) -> None:
         """See connection.Hub."""
         gone = self._connections.pop(connection)
+        self._places.give(connection.session.peer.uid)
         gone()
         if not self.stopping:
             # At the end there is nothing to be freed for.
@@ -179,23 +184,17 @@ class Refusals:
     Who is refused may try in a loop, and may let a place become free in between: that is no news.
     """
 
-    def __init__(self, most: int) -> None:
-        """For so many connections."""
-        self._most: Final = most
+    def __init__(self) -> None:
         self._quiet_until = -math.inf
 
-    def refuse(self, sock: socket.socket, now: float) -> None:
-        """Say so, and close the connection. `now` is in seconds, of any clock that only rises."""
+    def refuse(self, sock: socket.socket, why: str, now: float) -> None:
+        """Say why, and close the connection. `now` is in seconds, of any clock that only rises."""
         if now >= self._quiet_until:
             self._quiet_until = now + _QUIET_S
-            _LOG.warning(
-                "%s was refused: server.max_connections = %d are open",
-                Peer.of(sock).name,
-                self._most,
-            )
-        text = f"{self._most} connections are open: close one, or raise server.max_connections"
+            peer = Peer.of(sock)
+            _LOG.warning("%s of user %d was refused: %s", peer.name, peer.uid, why)
         header = Header(HEADER_BYTES, 0, 0, 0, 0, 0)
-        reply = failure(header, Status.TOO_MANY_CONNECTIONS, text)
+        reply = failure(header, Status.TOO_MANY_CONNECTIONS, why)
         with sock:
             try:
                 sock.sendmsg(reply.parts, (), socket.MSG_NOSIGNAL)

@@ -197,6 +197,7 @@ class Shard:
             driver=self.driver,
             new_session=new_session,
             max_connections=keys.max_connections,
+            max_user_connections=keys.max_user_connections,
             max_frame=limits.max_frame,
             buffer_memory=config.buffer_memory(host) // self.ledger.shards,
             request_timeout=float(keys.request_timeout),

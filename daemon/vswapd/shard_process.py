@@ -178,9 +178,9 @@ class ShardProcess:
         await self._ready.wait()
         shard = self._shard
         match message:
-            case Serve(joins):
+            case Serve(place):
                 # What it says later may be something else: what was counted is what is taken off.
-                gone = partial(self._channel.tell, Parted(joins))
+                gone = partial(self._channel.tell, Parted(place))
                 shard.server.welcome(socket.socket(fileno=descriptors[0]), gone)
             case Tell():
                 return self._state()

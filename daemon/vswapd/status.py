@@ -16,6 +16,8 @@ from vswapd_backends.base import PAGE_BYTES
 
 _TOP: Final = 10
 """Spaces that are named in the document."""
+_MOST_SPACES: Final = 512
+"""So many of the longest names, in JSON, are less than the MiB that clients take of it."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +103,14 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
 
 
 def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
-    """What the verb `spaces` answers: every space, largest first.
+    """What the verb `spaces` answers: the largest spaces, largest first, and how many are left out.
 
     Args:
         snapshot: of the engine.
         now: the engine's clock.
         uid: whose; None: everybody's.
     """
+    found = [space for space in _largest(snapshot.spaces) if uid in {None, space.uid}]
     return {
         "spaces": [
             {
@@ -123,9 +126,9 @@ def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
                 "compressed_bytes": space.compressed_bytes,
                 "connected_s": round(now - space.opened_at, 1),
             }
-            for space in _largest(snapshot.spaces)
-            if uid in {None, space.uid}
-        ]
+            for space in found[:_MOST_SPACES]
+        ],
+        "left_out": max(0, len(found) - _MOST_SPACES),
     }
 
 

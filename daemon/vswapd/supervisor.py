@@ -26,6 +26,7 @@ import os
 import signal
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -63,6 +64,8 @@ from vswapd.messages import (
     Stop,
     Tell,
 )
+from vswapd.peer import Peer
+from vswapd.places import Places
 from vswapd.server import Refusals
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
@@ -130,8 +133,8 @@ class Child:
     sock: socket.socket
     channel: Channel = field(init=False)
     connections: int = 0
-    clients: int = 0
-    """Connections that count as clients."""
+    places: Counter[int] = field(default_factory=Counter)
+    """Of `connections` those that have taken places, by user."""
     deaths: list[float] = field(default_factory=list)
     """When its processes died, as far as it is not long ago."""
     turn: int = 0
@@ -257,10 +260,12 @@ class Supervisor:
         self._run_time = before.run_time
         self._changing = asyncio.Lock()
         """Configurations and devices change one after the other."""
-        self._clients = 0
+        keys = self._config.server
+        self._places: Final = Places(keys.max_connections, keys.max_user_connections)
+        self._silent: Final = Places(keys.max_connections, keys.max_user_connections)
+        """For connections that have not said HELLO yet."""
         self._tally = Tally(0, 0, 0)
-        self._most: Final = self._config.server.max_connections
-        self._refusals = Refusals(self._most)
+        self._refusals: Final = Refusals()
         self._turns = 0
         self._stopping = False
         self._serving = False
@@ -323,8 +328,10 @@ class Supervisor:
             child.pid,
             how,
         )
-        self._clients -= child.clients
-        child.connections = child.clients = 0
+        for uid in child.places.elements():
+            self._places.give(uid)
+        child.connections = 0
+        child.places.clear()
         child.beaten = child.ready = False
         if len(child.deaths) > _MOST_DEATHS:
             self._later(self._revive_later(child))
@@ -396,10 +403,11 @@ class Supervisor:
                 child.beaten = True
                 if all(each.beaten for each in self._children):
                     self._all_beaten.set()
-            case Parted(joins):
+            case Parted(place):
                 child.connections -= 1
-                child.clients -= not joins
-                self._clients -= not joins
+                if place is not None:
+                    child.places[place] -= 1
+                    self._places.give(place)
             case Hungry():
                 for other in self._children:
                     if other is not child:
@@ -472,17 +480,20 @@ class Supervisor:
 
     def _greet(self, sock: socket.socket) -> None:
         hello = _peek(sock)
-        if hello is None:
-            self._later(self._wait_for_hello(sock))
-        else:
+        if hello is not None:
             self._hand_over(sock, hello)
+        elif why := self._silent.refusal(uid := Peer.of(sock).uid):
+            self._refusals.refuse(sock, why, self._loop.time())
+        else:
+            self._silent.take(uid)
+            self._later(self._wait_for_hello(sock, uid))
 
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    async def _wait_for_hello(self, sock: socket.socket) -> None:
+    async def _wait_for_hello(self, sock: socket.socket, uid: int) -> None:
         arrived = asyncio.Event()
         self._loop.add_reader(sock, arrived.set)
         try:
@@ -494,6 +505,8 @@ class Supervisor:
             self._loop.remove_reader(sock)
             sock.close()
             raise
+        finally:
+            self._silent.give(uid)
         self._loop.remove_reader(sock)
         self._hand_over(sock, _peek(sock) or b"")
 
@@ -502,8 +515,9 @@ class Supervisor:
         if wish is None and name is not None:
             # Whoever asks for it comes to the same shard, which knows whether it is in use.
             wish = crc32(name.encode(errors="replace")) % len(self._children)
-        if not joins and self._clients >= self._most:
-            self._refusals.refuse(sock, self._loop.time())
+        uid = Peer.of(sock).uid
+        if not joins and (why := self._places.refusal(uid)):
+            self._refusals.refuse(sock, why, self._loop.time())
             return
         if wish is not None and 0 <= wish < len(self._children):
             child = self._children[wish]
@@ -514,20 +528,22 @@ class Supervisor:
         self._turns += 1
         child.turn = self._turns
         child.connections += 1
-        child.clients += not joins
-        self._clients += not joins
+        serve = Serve(None if joins else uid)
+        if not joins:
+            child.places[uid] += 1
+            self._places.take(uid)
         if child.there.is_set():
             with sock:
-                child.channel.tell(Serve(joins), [sock.fileno()])
+                child.channel.tell(serve, [sock.fileno()])
         else:
-            self._later(self._hand_over_later(sock, child, joins))
+            self._later(self._hand_over_later(sock, child, serve))
 
     @staticmethod
-    async def _hand_over_later(sock: socket.socket, child: Child, joins: bool) -> None:  # noqa: FBT001 - as in Serve
+    async def _hand_over_later(sock: socket.socket, child: Child, serve: Serve) -> None:
         """To a shard that is being started again."""
         with sock:
             await child.there.wait()
-            child.channel.tell(Serve(joins), [sock.fileno()])
+            child.channel.tell(serve, [sock.fileno()])
 
     # What operators see
 

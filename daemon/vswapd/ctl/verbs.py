@@ -244,7 +244,10 @@ def spaces(options: Options) -> int:
             f"{space['zero']:,}",
             human_duration(space["connected_s"]),
         )
-    _console(WIDE_COLUMNS).print(table if table.rows else "none")
+    console = _console(WIDE_COLUMNS)
+    console.print(table if table.rows else "none")
+    if answer["left_out"]:
+        console.print(f"and {answer['left_out']:,} smaller ones: --uid shows those of one user")
     return 0
 
 

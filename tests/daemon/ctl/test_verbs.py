@@ -58,7 +58,8 @@ ANSWERS: dict[str, dict[str, Any]] = {
                 "zero": 0,
                 "connected_s": 3600.0,
             },
-        ]
+        ],
+        "left_out": 0,
     },
 }
 
@@ -233,6 +234,12 @@ def test_pages_that_were_given_up_are_counted(daemon: Daemon, run: Run) -> None:
     daemon.answers["swapoff"] = {"path": "/swap", "moved_pages": 2, "lost_pages": 1234}
     said = "/swap: out of use, 2 pages were moved; 1,234 could not be read, and are lost\n"
     assert run("swapoff", "/swap", "--give-up") == (0, said, "")
+
+
+def test_spaces_that_were_left_out_are_counted(daemon: Daemon, run: Run) -> None:
+    """There may be more than one reply has room for."""
+    daemon.answers["spaces"] = ANSWERS["spaces"] | {"left_out": 1234}
+    assert "and 1,234 smaller ones: --uid shows" in run("spaces")[1]
 
 
 def test_reload_without_changes(daemon: Daemon, run: Run) -> None:

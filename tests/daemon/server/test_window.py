@@ -34,6 +34,7 @@ from support.wire import (
     noise,
     pack,
 )
+from vswapd.window import Window
 
 IN_WINDOW = 2
 SIZE = 1 << 20
@@ -178,6 +179,16 @@ def _scribble(memory: mmap.mmap, ready: Event, stop: Event) -> None:
         for fill in fills:
             memory[:] = fill
         ready.set()
+
+
+def test_what_is_taken_from_a_window_is_the_daemons_alone() -> None:
+    """Whatever is written there afterwards, the bytes that are worked with stay as they were."""
+    window = Window(SIZE)
+    with mmap.mmap(window.fd, SIZE) as theirs:
+        theirs[:] = b"a" * SIZE
+        taken = window.take(8192, 2)
+        theirs[:] = b"b" * SIZE
+        assert taken == b"a" * 8192
 
 
 def test_scribbling_meanwhile_harms_nobody_else(daemon: RunningDaemon) -> None:

@@ -508,6 +508,24 @@ def test_the_last_request_can_be_asked_for() -> None:
     assert answer.slots.tolist() == taken.tolist()
 
 
+def test_requests_have_all_of_their_64_bits() -> None:
+    """A client may number as it likes: nothing is left of a request that is done, or undone."""
+    rig = make_engine()
+    space = rig.space()
+    for number in (0, (1 << 63) - 1, 1 << 63, (1 << 64) - 1):
+        slots = _numbered(rig, space, pages_of("text", 3), number)
+        answer = rig.engine.last_answer(space)
+        assert answer is not None
+        assert (answer.request, answer.freed) == (number, False)
+        run(rig.engine.free(space, slots, number))
+        answer = rig.engine.last_answer(space)
+        assert answer is not None
+        assert (answer.request, answer.freed) == (number, True)
+        rig.check()
+    rig.close(space)
+    assert rig.engine.snapshot().slots.allocated == 0
+
+
 def test_a_request_without_a_number_leaves_the_last_answer() -> None:
     """And a slot that it was given is not taken from it by an old request's being finished."""
     rig = make_engine()

@@ -67,7 +67,7 @@ class Answers:
         self._words[record * ANSWER_WORDS] = _STORED
 
     def withdrawn(self, record: int) -> None:
-        """They are not."""
+        """They are not; or nobody will ask whether they are."""
         self._words[record * ANSWER_WORDS] = _NOTHING
 
     def freeing(self, record: int, request: int, ids: U64) -> None:

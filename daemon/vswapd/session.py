@@ -276,6 +276,8 @@ class Session:
             if found.attached:
                 return None
             found.client = client
+            # Who comes now has asked for nothing yet, and gives its requests the same numbers.
+            engine.forget_answer(found)
             return engine.reopen_space(key, number=found.id, pid=self.peer.pid)
         most = self._context.limits.max_named_spaces
         if name and engine.named_spaces(self.peer.uid) >= most:

@@ -248,6 +248,10 @@ class Engine:
         """
         return self.core.control.answers.last(space.record)
 
+    def forget_answer(self, space: Space) -> None:
+        """Whoever made the last request is not the one who asks next."""
+        self.core.control.answers.withdrawn(space.record)
+
     def find_space(self, *, uid: int, name: str) -> Space | None:
         """A user's space of that name, whether it has a client or not; None: there is none."""
         return next(

@@ -260,3 +260,20 @@ def test_names_outlive_the_daemon(shards: int) -> None:
             assert space.load(slots) == noise(500)
             with Control(manager.socket_path) as control:
                 assert control.call("verify")["ok"]
+
+
+def test_the_next_client_is_not_given_the_answer_of_the_last() -> None:
+    """Both number their requests alike: what one has stored is no answer to what the other asks."""
+    with service("server.shards=1", "pool.max=32M") as manager:
+        with Wire(manager.socket_path) as first:
+            first.hello(name="cache")
+            slots = first.store(noise(3)).slots
+        manager.kill()
+        manager.start()
+        with Wire(manager.socket_path) as second:
+            token = second.hello(name="cache")["token"]
+            manager.kill()  # before it has asked for anything
+        manager.start()
+        with Wire(manager.socket_path) as second:
+            assert second.hello(name="cache", token=token, resume=True)["last"] is None
+            assert second.load(slots).body == noise(3)

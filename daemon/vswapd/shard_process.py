@@ -148,6 +148,10 @@ class ShardProcess:
             operators=_Operators(self._channel, birth.host),
             kept=Kept(birth.memory, self._reopen if birth.revived else None, birth.kept),
         )
+        for used in birth.devices:
+            # What was taken up has its own by now. A device's lock lasts until all are closed.
+            os.close(used.fd)
+            os.close(used.owners_fd)
         self._shard.engine.on_pressure = self._pressure
 
     async def run(self) -> None:

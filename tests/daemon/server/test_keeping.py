@@ -137,6 +137,8 @@ def test_devices_and_settings_outlive_a_kill(manager: ServiceManager, tmp_path: 
         manager.start()
         assert not status(manager)["devices"]
         assert not [name for name in manager.kept if "extents" in name]
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=path, size=32 << 20)
         assert space.load(slots) == content
 
 

@@ -121,6 +121,23 @@ def test_pages_on_devices_outlive_their_shards(daemon: RunningDaemon, tmp_path: 
         assert space.load(slots) == content
 
 
+def test_a_device_is_let_go_by_shards_that_came_later(
+    daemon: RunningDaemon, tmp_path: Path
+) -> None:
+    """After a swapoff no process has it open or locked, and it can be put into use again."""
+    path = str(tmp_path / "swap")
+    for _ in range(2):
+        with Control(daemon.socket_path) as control:
+            control.call("swapon", path=path, size=32 << 20)
+        kill_all(daemon)
+        with Control(daemon.socket_path) as control:
+            control.call("swapoff", path=path)
+        for pid in (daemon.pid, *shards_of(daemon)):
+            links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            assert path not in links
+            assert not any("vswapd-extents" in link for link in links)
+
+
 def test_settings_of_run_time_outlive_their_shards(daemon: RunningDaemon) -> None:
     """What was set holds in the process that comes after, too."""
     with Control(daemon.socket_path) as control:

@@ -10,7 +10,7 @@ What outlives the process is one word per cluster: its last generation, and its 
 one. It is written before the first word of table that needs it, and without its owner after the
 last one has become FREE. The rest is for speed, and is made again from that and the table.
 
-    kept word (u64):  generation:16 (counted from 1; 0: never handed out) | 0:16 | owner:32
+    kept word (u64):  generation:16 (counted from 1; 0: never handed out) | 0:8 | owner:40
 
 Invariants:
 - key[c] is 0 exactly when no slot of c is allocated; used[c] counts the allocated ones.
@@ -34,7 +34,8 @@ from vswapd_backends.base import I64, U64
 _NUMBER_BITS: Final = 40
 _NUMBER_MASK: Final = (1 << _NUMBER_BITS) - 1
 _PREFIX_MASK: Final = ~_NUMBER_MASK
-_OWNER_MASK: Final = (1 << 32) - 1
+_OWNER_MASK: Final = _NUMBER_MASK
+"""As many bits as a key has for it. With 32 a flood of connections comes to the end in days."""
 _GENERATIONS: Final = (1 << 16) - 1
 """How often a cluster is handed out: generations 1 to 65535."""
 _KEPT_SHIFT: Final = 48

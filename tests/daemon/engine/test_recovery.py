@@ -18,7 +18,7 @@ from vswapd.errors import (
 )
 from vswapd.groups import Space
 from vswapd.ledger import Column, Ledger, shared_region
-from vswapd.memory import ShardMemory
+from vswapd.memory import Head, ShardMemory
 from vswapd.recovery import RecoveryError, Reopen
 from vswapd.settings import Settings
 from vswapd.swap_table import OFFSET_SHIFT, Tag
@@ -171,6 +171,20 @@ def test_numbers_of_spaces_are_never_used_twice() -> None:
     rig.close(last)
     rig.recover()
     assert rig.space().id == last.id + 1
+
+
+@pytest.mark.parametrize("number", [(1 << 32) - 1, 1 << 32, (1 << 32) + 1, (1 << 40) - 1])
+def test_a_space_may_have_a_large_number(number: int) -> None:
+    """After billions of spaces a new one's pages are kept as those of the first."""
+    rig = make_engine()
+    rig.engine.core.control.head[Head.NEXT_SPACE] = number
+    space = rig.space()
+    assert space.id == number
+    slots = rig.put(space, pages_of("text", 600))
+    rig.recover()
+    rig.check()
+    (space,) = rig.engine.orphans()
+    assert rig.load(space, slots) == pages_of("text", 600)
 
 
 def test_more_spaces_than_there_are_records_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -593,6 +593,7 @@ class Supervisor:
         """Put a configuration into force everywhere, or nowhere. Under `_changing`."""
         old = self._config
         await asyncio.to_thread(self._front.configure, new)
+        asked = [child.pid for child in self._children]
         try:
             await self._ask_all(Adopt(new, run_time))
         except BaseException:
@@ -600,6 +601,9 @@ class Supervisor:
             await asyncio.to_thread(self._front.configure, old)
             raise
         self._config, self._run_time = new, run_time
+        if asked != [child.pid for child in self._children]:
+            # One that died when it had agreed has an heir that was made with the old one.
+            await self._ask_all(Adopt(new, run_time))
 
     async def reload(self) -> Reloaded:
         """See front.Body."""

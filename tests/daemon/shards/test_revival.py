@@ -16,7 +16,7 @@ import pytest
 
 import vswap
 from support.daemon import RunningDaemon, running_daemon
-from support.wire import HELLO, SPACE_LOST, Wire
+from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
 from vswap.control import Control
 from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
@@ -24,6 +24,7 @@ from vswapd_backends.base import Places
 SHARDS = 3
 NOBODY = 65534
 FORK = multiprocessing.get_context("fork")
+DISABLED = REASONS["disabled"]
 
 
 @pytest.fixture
@@ -149,6 +150,28 @@ def test_settings_of_run_time_outlive_their_shards(daemon: RunningDaemon) -> Non
     ):
         space.store(noise(1))
     assert caught.value.reason == "disabled"
+
+
+def test_a_setting_reaches_whoever_comes_after_a_shard_that_had_it() -> None:
+    """It dies while another one has not got it yet: what holds in all holds in the next process."""
+    with running_daemon("server.shards=2") as daemon:
+        with Wire(daemon.socket_path) as wire:
+            wire.hello(shard=0)
+            unlucky, slow = shards_of(daemon)
+            os.kill(slow, signal.SIGSTOP)
+            (daemon.directory / "vswapd.toml").write_text("[store]\nenabled = false\n")
+            daemon.process.send_signal(signal.SIGHUP)
+            while wire.store(noise(1)).flags != DISABLED:
+                pass
+            for _ in range(50):  # its answers come in order: that to the supervisor has, too
+                assert wire.control("nonsense").status == BAD_ARGUMENT
+        kill(unlucky)
+        assert successor(daemon, {unlucky, slow})
+        os.kill(slow, signal.SIGCONT)
+        daemon.await_notification("READY=1")
+        with Wire(daemon.socket_path) as wire:
+            wire.hello(shard=0)
+            assert wire.store(noise(1)).flags == DISABLED
 
 
 def test_a_client_that_does_not_come_back_is_forgotten() -> None:

@@ -173,26 +173,39 @@ def fork_shards(births: Sequence[Birth], unwanted: Sequence[int]) -> list[Child]
     return children
 
 
-def fork_again(birth: Birth) -> tuple[int, socket.socket]:
-    """Make a shard's process while this one is at work; returns its id and the channel's socket.
+def fork_again(birth: Birth) -> tuple[int, int, socket.socket]:
+    """Make a shard's process while this one is at work; returns id, pidfd, the channel's socket.
 
     What this process has under way stays where it is in the child, and is never gone on with: the
     child lives on top of it. All it has of it is memory; the descriptors are closed.
+
+    Raises:
+        OSError: the system has no process, memory or descriptor for it; none is left.
     """
     here, there = socket.socketpair()
     gc.collect()
-    with warnings.catch_warnings():
-        # Threads that wait for work are left behind, with nothing that they hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if pid == 0:
-        # Nothing of the parent's may be finalized here: its descriptors' numbers are others by now.
-        gc.freeze()
-        signal.set_wakeup_fd(-1)
-        _close_all_but({there.fileno(), *_inherited(birth)})
-        _live(birth, there)
-    there.close()
-    return pid, here
+    with there, contextlib.ExitStack() as undo:
+        undo.callback(here.close)
+        with warnings.catch_warnings():
+            # Threads that wait for work are left behind, with nothing that they hold.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            # Nothing of the parent's may be finalized here: its descriptors' numbers are others by
+            # now.
+            gc.freeze()
+            signal.set_wakeup_fd(-1)
+            _close_all_but({there.fileno(), *_inherited(birth)})
+            _live(birth, there)
+        undo.callback(_end, pid)
+        pidfd = os.pidfd_open(pid)
+        undo.pop_all()
+    return pid, pidfd, here
+
+
+def _end(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def _live(birth: Birth, sock: socket.socket) -> NoReturn:
@@ -278,7 +291,7 @@ class Supervisor:
     async def start(self, made: contextlib.AsyncExitStack) -> None:
         """See front.Body."""
         for child in self._children:
-            self._begin(child)
+            self._begin(child, os.pidfd_open(child.pid))
         made.push_async_callback(self._stop)
         try:
             await self._ask_all(Tell())
@@ -296,11 +309,10 @@ class Supervisor:
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
 
-    def _begin(self, child: Child) -> None:
+    def _begin(self, child: Child, pidfd: int) -> None:
         """A process has been made: talk to it, and be told of its end."""
         child.channel = Channel(child.sock, self._handler(child))
         child.there.set()
-        pidfd = os.pidfd_open(child.pid)
         self._loop.add_reader(pidfd, self._died, child, pidfd)
 
     def _died(self, child: Child, pidfd: int) -> None:
@@ -359,8 +371,13 @@ class Supervisor:
             revived=True,
             devices=tuple(used.in_use() for used in self._devices.values()),
         )
-        child.pid, child.sock = fork_again(birth)
-        self._begin(child)
+        try:
+            child.pid, pidfd, child.sock = fork_again(birth)
+        except OSError as error:
+            _LOG.error("shard %d cannot be started for now: %s", child.index, error.strerror)
+            self._later(self._revive_later(child))
+        else:
+            self._begin(child, pidfd)
 
     async def _stop(self) -> None:
         self._stopping = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import resource
 import select
 import signal
 from collections.abc import Iterator
@@ -255,6 +256,20 @@ def test_a_shard_may_die_again_and_again(daemon: RunningDaemon) -> None:
         for _ in range(7):
             kill(unlucky)
             unlucky = successor(daemon, survivors | {unlucky})
+        assert space.load(slots) == content
+
+
+def test_a_shard_that_cannot_be_made_for_now_is_made_later(daemon: RunningDaemon) -> None:
+    """The system has no descriptors left when it dies: it is tried again until there are."""
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        content = noise(300)
+        slots = space.store(content)
+        before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (3, before[1]))
+        kill_all(daemon)
+        while daemon.log.count("cannot be started for now") < SHARDS:
+            assert "Traceback" not in daemon.log
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
         assert space.load(slots) == content
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import errno
 import os
 import socket
 import time
@@ -38,9 +39,11 @@ class ServiceManager:
         """Seconds after which the manager kills a daemon that it has not heard of; None: never."""
         inherited = _inherited(environment)
         self._kept = {n.removeprefix(_KEPT): fd for n, fd in inherited if n.startswith(_KEPT)}
+        self._stored = set(self._kept)
         self._sockets = [fd for name, fd in inherited if not name.startswith(_KEPT)]
         store = environment.pop("FDSTORE", "")
-        self.keeps: Final = bool(self._address) and store.isdecimal() and int(store) > 0
+        self._most = int(store) if store.isdecimal() else 0
+        self.keeps: Final = bool(self._address) and self._most > 0
         """Whether it keeps descriptors; see FileDescriptorStoreMax= of systemd.service(5)."""
 
     def tell(self, **news: str) -> None:
@@ -86,14 +89,21 @@ class ServiceManager:
         Raises:
             OSError: the manager does not take it.
         """
+        if name not in self._stored and len(self._stored) >= self._most:
+            # It would drop it, and not say so.
+            raise OSError(
+                errno.ENOSPC, f"it has room for {self._most} only: raise FileDescriptorStoreMax"
+            )
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.settimeout(_KEEP_S)
             sender.connect(self._address)
             sender.sendmsg([f"FDSTORE=1\nFDNAME={_KEPT}{name}".encode()], rights)
+        self._stored.add(name)
 
     def let_go(self, name: str) -> None:
         """What has this name is to be kept no more."""
+        self._stored.discard(name)
         if self.keeps:
             self.tell(FDSTOREREMOVE="1", FDNAME=_KEPT + name)
 

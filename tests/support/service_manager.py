@@ -2,7 +2,8 @@
 
 As systemd does with a service of `FileDescriptorStoreMax=`: what comes with FDSTORE=1 is kept under
 its FDNAME until FDSTOREREMOVE=1, across all ends of the daemon, and passed to the next process
-behind the listening socket. The tests of the real one are in tests/system.
+behind the listening socket. What is too much is dropped without a word. The tests of the real one
+are in tests/system.
 
 Invariants:
 - Readiness is the daemon's READY=1. What it sent before that has been taken by then.
@@ -52,6 +53,8 @@ class ServiceManager:
         self.log_path = self.directory / "daemon.log"
         self.settings = list(settings)
         self.keeps = keeps
+        self.most = 512
+        """How many descriptors are kept."""
         self.kept: dict[str, int] = {}
         """Descriptors by name."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -121,7 +124,7 @@ class ServiceManager:
             "LISTEN_FDNAMES": ":".join(["vswapd.socket", *names]),
         }
         if self.keeps:
-            environment["FDSTORE"] = "512"
+            environment["FDSTORE"] = str(self.most)
         command = [sys.executable, "-c", _EXEC, ",".join(map(str, fds))]
         command += ["-W", "error", "-m", "vswapd", "serve"]
         command += [f"--set={setting}" for setting in self.settings]
@@ -177,14 +180,14 @@ class ServiceManager:
 
     def _take(self, news: dict[str, str], fds: list[int]) -> None:
         name = news.get("FDNAME", "")
-        if "FDSTORE" in news and self.keeps:
+        if "FDSTORE" in news and self.keeps and len(self.kept) < self.most:
             (fd,) = fds
             assert name not in self.kept, f"{name} was sent twice"
             self.kept[name] = fd
         else:
             for fd in fds:
                 os.close(fd)
-        if "FDSTOREREMOVE" in news:
+        if "FDSTOREREMOVE" in news and name in self.kept:
             os.close(self.kept.pop(name))
         self._readies += news.get("READY") == "1"
 

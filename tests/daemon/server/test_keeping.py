@@ -262,6 +262,34 @@ def test_what_was_not_kept_as_a_whole_is_dropped(manager: ServiceManager) -> Non
     assert all(os.fstat(manager.kept[name]).st_ino != inode for name, inode in old.items())
 
 
+@pytest.mark.parametrize(("shards", "most"), [(1, 3), (2, 7)])
+def test_a_store_that_is_too_small_is_refused(shards: int, most: int) -> None:
+    """What does not fit the service manager would drop, and all would be lost with a kill."""
+    with ServiceManager(f"server.shards={shards}") as manager:
+        manager.most = most
+        manager.launch()
+        assert manager.await_exit() == 71
+        assert f"room for {most} only: raise FileDescriptorStoreMax" in manager.log
+        manager.most = most + 1
+        manager.start()
+        with connected(manager) as space:
+            slots = space.store(noise(50))
+            manager.kill()
+            manager.start()
+            assert space.load(slots) == noise(50)
+
+
+def test_a_device_that_cannot_be_kept_is_not_put_into_use(tmp_path: Path) -> None:
+    """Who has what of it would be forgotten with a kill; the daemon says what to raise."""
+    with ServiceManager("server.shards=2") as manager:
+        manager.most = 8
+        manager.start()
+        with Control(manager.socket_path) as control:
+            with pytest.raises(vswap.OutOfService, match="raise FileDescriptorStoreMax"):
+                control.call("swapon", path=str(tmp_path / "swap"), size=32 << 20)
+            assert not control.status()["devices"]
+
+
 def test_the_number_of_shards_is_that_of_the_memory() -> None:
     """Another one takes effect when the memory is given up."""
     with (

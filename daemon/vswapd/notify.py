@@ -17,7 +17,7 @@ import errno
 import os
 import socket
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Final
 
 _FIRST_FD: Final = 3
@@ -40,6 +40,7 @@ class ServiceManager:
         inherited = _inherited(environment)
         self._kept = {n.removeprefix(_KEPT): fd for n, fd in inherited if n.startswith(_KEPT)}
         self._stored = set(self._kept)
+        """Names of which the manager has something, as far as it was told."""
         self._sockets = [fd for name, fd in inherited if not name.startswith(_KEPT)]
         store = environment.pop("FDSTORE", "")
         self._most = int(store) if store.isdecimal() else 0
@@ -48,16 +49,20 @@ class ServiceManager:
 
     def tell(self, **news: str) -> None:
         """Send assignments such as READY="1", STATUS="..."; no value may have a second line."""
-        if not self._address:
-            return
-        text = "\n".join(f"{name}={value}" for name, value in news.items())
-        with (
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender,
-            contextlib.suppress(OSError),
-        ):
+        if self._address:
             # Never wait: the loop would stand still with a manager that does.
-            sender.setblocking(False)
-            sender.sendto(text.encode(), self._address)
+            with contextlib.suppress(OSError):
+                self._send(news, patience_s=0.0)
+
+    def _send(
+        self, news: Mapping[str, str], *, patience_s: float, descriptors: Sequence[int] = ()
+    ) -> None:
+        text = "\n".join(f"{name}={value}" for name, value in news.items())
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.settimeout(patience_s)
+            sender.connect(self._address)
+            sender.sendmsg([text.encode()], rights if descriptors else [])
 
     def reloading(self) -> None:
         """Tell that a reload has begun; READY="1" ends it."""
@@ -94,18 +99,22 @@ class ServiceManager:
             raise OSError(
                 errno.ENOSPC, f"it has room for {self._most} only: raise FileDescriptorStoreMax"
             )
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
-            sender.settimeout(_KEEP_S)
-            sender.connect(self._address)
-            sender.sendmsg([f"FDSTORE=1\nFDNAME={_KEPT}{name}".encode()], rights)
+        if name in self._stored:
+            # It was not told that the one before is of no use. It would keep both.
+            self._send(_removed(name), patience_s=_KEEP_S)
+        self._send({"FDSTORE": "1", "FDNAME": _KEPT + name}, patience_s=_KEEP_S, descriptors=[fd])
         self._stored.add(name)
 
     def let_go(self, name: str) -> None:
         """What has this name is to be kept no more."""
-        self._stored.discard(name)
         if self.keeps:
-            self.tell(FDSTOREREMOVE="1", FDNAME=_KEPT + name)
+            with contextlib.suppress(OSError):  # then whoever keeps another of that name tells it
+                self._send(_removed(name), patience_s=0.0)
+                self._stored.discard(name)
+
+
+def _removed(name: str) -> dict[str, str]:
+    return {"FDSTOREREMOVE": "1", "FDNAME": _KEPT + name}
 
 
 def _listens(fd: int) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import array
 import contextlib
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -109,6 +110,7 @@ class ServiceManager:
             while self._readies == before:
                 ended = self.process.poll()
                 assert ended is None, f"it ended with {ended}:\n{self.log}"
+                assert self._thread.is_alive(), "nobody listens to it any more"
                 self._news.wait(0.1)
 
     def launch(self) -> None:
@@ -163,6 +165,19 @@ class ServiceManager:
         return self.process.wait(DEADLINE_S)
 
     # The notification socket
+
+    @contextlib.contextmanager
+    def not_listening(self) -> Iterator[None]:
+        """Nothing is read meanwhile, and there is no room for anything to be read later."""
+        with self._news, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.setblocking(False)
+            sender.sendto(b"STATUS=the last", str(self.directory / "notify"))
+            while select.select([self._notify], [], [], 0)[0]:
+                os.sched_yield()  # it is read, and waits for us to be taken
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    sender.sendto(b"STATUS=too much", str(self.directory / "notify"))
+            yield
 
     def _listen(self) -> None:
         room = socket.CMSG_SPACE(_MOST_FDS * 4)

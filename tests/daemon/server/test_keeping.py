@@ -290,6 +290,31 @@ def test_a_device_that_cannot_be_kept_is_not_put_into_use(tmp_path: Path) -> Non
             assert not control.status()["devices"]
 
 
+def test_a_manager_that_does_not_listen_keeps_nothing_twice(tmp_path: Path) -> None:
+    """A device is put out of use and into use again while nobody reads what it is told of that.
+
+    Of two regions of owners by the same name the next process might take the one that is of no use.
+    """
+    path = str(tmp_path / "swap")
+    with service("server.shards=2", "pool.max=32M") as manager, connected(manager) as space:
+        slots = space.store(noise(900))
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=path, size=32 << 20)
+            again = threading.Thread(
+                target=control.call, args=("swapon",), kwargs={"path": path, "size": 32 << 20}
+            )
+            with manager.not_listening():
+                control.call("swapoff", path=path)
+                again.start()
+            again.join()
+            control.call("writeback", bytes=32 << 20)
+        manager.kill()
+        manager.start()
+        assert space.load(slots) == noise(900)
+        with Control(manager.socket_path) as control:
+            assert control.call("verify")["ok"]
+
+
 def test_the_number_of_shards_is_that_of_the_memory() -> None:
     """Another one takes effect when the memory is given up."""
     with (

@@ -47,6 +47,7 @@ from vswapd.swap_devices import Locked, adopt_device, open_alone, reopen_alone
 from vswapd.undumpable import be_undumpable
 from vswapd.vswap import run_time_settings, shape_for
 from vswapd.watchdog import Watchdog
+from vswapd_backends.label import ForeignMemoryError
 from vswapd_backends.shared_extents import adopt_owners_region
 from vswapd_blockdev.device import OpenError
 
@@ -156,7 +157,11 @@ def _reopen(kept: KeptDevice) -> tuple[Opened, None] | None:
 
 
 def _before(life: Life, keeping: Keeping) -> Before:
-    """What there is of an earlier daemon of several shards, besides their memory."""
+    """What there is of an earlier daemon of several shards, besides their memory.
+
+    Raises:
+        KeepingError: it is another version's; it is left where it is.
+    """
     found: dict[str, Dealt] = {}
     lost: dict[str, str] = {}
     shards = len(life.memories)
@@ -174,7 +179,11 @@ def _before(life: Life, keeping: Keeping) -> Before:
             device.close()
             lost[kept.path] = f"{kept.path}: who has what of it was not kept: its pages are lost"
             continue
-        found[kept.path] = Dealt(device, adopt_owners_region(kept.extents, shards, fd))
+        try:
+            owners = adopt_owners_region(kept.extents, shards, fd)
+        except ForeignMemoryError as error:
+            raise KeepingError(f"what an earlier daemon has left of {kept.path}: {error}") from None
+        found[kept.path] = Dealt(device, owners)
     for path in lost.keys() - found.keys():
         _LOG.error("%s", lost[path])
     return Before(found, frozenset(lost.keys() - found.keys()), run_time_settings(controls[0]))
@@ -320,7 +329,12 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
         )
         if life is not None and len(life.memories) > 1:
             unwanted = [sock.fileno() for sock in sockets.listeners]
-            make_body = _several(config, host, source, overrides, life, manager, keeping, unwanted)
+            try:
+                make_body = _several(
+                    config, host, source, overrides, life, manager, keeping, unwanted
+                )
+            except KeepingError as error:
+                raise ServiceError(str(error)) from None
         keeping.forget_the_rest()
         undo.pop_all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -219,20 +220,33 @@ def test_spaces_that_nobody_comes_back_for_are_freed() -> None:
             assert late.ask(HELLO, said).status == SPACE_LOST
 
 
-def test_memory_of_another_version_is_left_alone(manager: ServiceManager) -> None:
+@contextlib.contextmanager
+def of_version_99(manager: ServiceManager, name: str) -> Iterator[None]:
+    """Have something that is kept be of another layout version for a while."""
+    fd = manager.kept[name]
+    at = os.fstat(fd).st_size - SYSTEM_PAGE
+    label = os.pread(fd, SYSTEM_PAGE, at)
+    os.pwrite(fd, label[:8] + (99).to_bytes(4, "little") + label[12:], at)
+    yield
+    os.pwrite(fd, label, at)
+
+
+def test_memory_of_another_version_is_left_alone(manager: ServiceManager, tmp_path: Path) -> None:
     """It is refused with what to do; the version that made it finds it as it was."""
     with connected(manager) as space:
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=str(tmp_path / "swap"), size=32 << 20)
         content = noise(50)
         slots = space.store(content)
+        with Control(manager.socket_path) as control:
+            control.call("writeback", bytes=1 << 20)
         manager.kill()
-        table = manager.kept["kept-0-table"]
-        before = os.fstat(table).st_size - SYSTEM_PAGE
-        label = os.pread(table, SYSTEM_PAGE, before)
-        os.pwrite(table, label[:8] + (99).to_bytes(4, "little") + label[12:], before)
-        manager.launch()
-        assert manager.await_exit() == 71
-        assert "this is memory of layout version 99" in manager.log
-        os.pwrite(table, label, before)
+        for name in list(manager.kept):
+            with of_version_99(manager, name):
+                manager.launch()
+                assert manager.await_exit() == 71
+        assert manager.log.count("this is memory of layout version 99") == len(manager.kept)
+        assert "Traceback" not in manager.log
         manager.start()
         assert space.load(slots) == content
 

@@ -68,6 +68,7 @@ class OneShard:
         life: Life | None,
     ) -> None:
         self._front = front
+        self._revived = life is not None and life.revived
         self._boot_id = secrets.token_bytes(16)
         self._shard = Shard(
             config=config,
@@ -91,7 +92,14 @@ class OneShard:
         for entry in config.devices:
             if entry.path in shard.steering.devices:
                 continue  # an earlier process has put it into use
-            opened = await shard.drive(shard.steering.swapon(entry))
+            try:
+                opened = await shard.drive(shard.steering.swapon(entry))
+            except OutOfServiceError as error:
+                if not self._revived:
+                    raise
+                # It was out of use, and holds nothing: what the others hold is needed.
+                _LOG.error("%s; the daemon goes on without it", error)
+                continue
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
 

@@ -305,7 +305,14 @@ class Supervisor:
         for entry in self._config.devices:
             if entry.path in self._devices or entry.path in self._lost:
                 continue
-            opened = await self._swapon(entry)
+            try:
+                opened = await self._swapon(entry)
+            except OutOfServiceError as error:
+                if not self._birth.revived:
+                    raise
+                # It was out of use, and holds nothing: what the others hold is needed.
+                _LOG.error("%s; the daemon goes on without it", error)
+                continue
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
 

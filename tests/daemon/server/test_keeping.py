@@ -172,6 +172,26 @@ def test_configured_devices_are_put_into_use_once(tmp_path: Path) -> None:
         assert [d["path"] for d in status(manager)["devices"]] == [path]
 
 
+@EACH
+def test_a_configured_device_that_cannot_be_had_keeps_no_pages_away(
+    shards: int, tmp_path: Path
+) -> None:
+    """It had turned bad, and was put out of use: the daemon comes back without it, and says so."""
+    path = tmp_path / "swap"
+    with service(f"server.shards={shards}", f"device={path},size=32M", "pool.max=32M") as manager:
+        with connected(manager) as space:
+            slots = space.store(noise(300))
+            with Control(manager.socket_path) as control:
+                control.call("swapoff", path=str(path))
+            manager.kill()
+            path.unlink()
+            path.mkdir()
+            manager.start()
+            assert space.load(slots) == noise(300)
+        assert f"{path}: is a directory" in manager.log
+        assert not status(manager)["devices"]
+
+
 def test_a_device_that_is_gone_loses_its_pages_alone(
     manager: ServiceManager, tmp_path: Path
 ) -> None:

@@ -126,7 +126,8 @@ class SharedExtents(ExtentMap):
     def restore(self, taken: list[int], bad: list[int]) -> None:
         """See ExtentMap. The chunks are those that are marked as ours."""
         self._taken = set(taken)
-        self._bad = set(bad)
+        # Whoever died while it left the device has given its chunks back, and kept what it knew.
+        self._bad = {extent for extent in bad if self._owners[extent // self._chunk] == self._me}
         retired = self._bad - self._taken
         self._retired = len(retired)
         for chunk in np.flatnonzero(self._owners == self._me).tolist():

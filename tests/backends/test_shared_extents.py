@@ -109,6 +109,22 @@ def test_leaving_gives_everything_back() -> None:
     assert second.free == before + chunk_extents(96, 3)
 
 
+def test_who_died_while_it_left_forgives_nothing_of_others() -> None:
+    """What went out of use in chunks that it has given back is for their next owner to find out."""
+    region = owners_region(100, 2)
+    left, other = (SharedExtents(100, region, shard, 2) for shard in range(2))
+    bad = left.take()
+    assert bad is not None
+    left.mark_bad(bad)
+    left.leave()
+    theirs = {other.take() for _ in range(4)}
+    assert bad in theirs
+    heir = SharedExtents(100, region, 0, 2)
+    heir.restore([], [bad])
+    assert heir.forgive(5) == []
+    assert heir.take() not in theirs
+
+
 def test_small_devices_are_dealt_out_in_small_chunks() -> None:
     """Every shard can have a part of a device that has an extent for each."""
     assert chunk_extents(1, 8) == 1

@@ -218,7 +218,10 @@ class ShardProcess:
     def _attach(self, message: Attach, device_fd: int, owners_fd: int) -> None:
         if message.entry.path in self._shard.steering.devices:
             os.close(device_fd)
-            os.close(owners_fd)
+            with self._shard.driver.lock:
+                # Whichever descriptor of a file is closed, the process holds no record of it any
+                # more: not while the shrinker takes a chunk.
+                os.close(owners_fd)
             return
         opened, extents = self._adopt(message, device_fd, owners_fd, None)
         try:

@@ -8,9 +8,11 @@ import os
 import resource
 import select
 import signal
+import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +21,12 @@ import vswap
 from support.daemon import RunningDaemon, running_daemon
 from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
 from vswap.control import Control
+from vswapd.config_schema import Device
+from vswapd.messages import Attach
+from vswapd.shard_process import ShardProcess
 from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
+from vswapd_backends.shared_extents import owners_region
 
 SHARDS = 3
 NOBODY = 65534
@@ -138,6 +144,33 @@ def test_a_device_is_let_go_by_shards_that_came_later(
             links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir()]
             assert path not in links
             assert not any("vswapd-extents" in link for link in links)
+
+
+def test_a_device_that_comes_twice_takes_no_lock_from_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the second descriptor of its owners the process's record locks go: not while it has one.
+
+    Two shards could have the same chunk else, and each write over the pages of the other.
+    """
+    owners, lock, close = owners_region(100, 2), threading.Lock(), os.close
+    locked: list[bool] = []
+
+    def watched(fd: int) -> None:
+        if fd == twin:
+            locked.append(lock.locked())
+        close(fd)
+
+    process = ShardProcess.__new__(ShardProcess)
+    attach = Attach(Device(path="/swap"), 100, direct=False, block_device=False, boot_id=b"")
+    shard = SimpleNamespace(
+        driver=SimpleNamespace(lock=lock), steering=SimpleNamespace(devices={"/swap": None})
+    )
+    monkeypatch.setattr(process, "_shard", shard, raising=False)
+    monkeypatch.setattr(os, "close", watched)
+    twin = os.dup(owners.fd)
+    process._attach(attach, os.open("/dev/null", os.O_RDONLY), twin)
+    assert locked == [True]
 
 
 def test_settings_of_run_time_outlive_their_shards(daemon: RunningDaemon) -> None:

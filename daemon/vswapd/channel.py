@@ -19,6 +19,7 @@ from __future__ import annotations
 import array
 import asyncio
 import copyreg
+import logging
 import os
 import pickle
 import socket
@@ -28,6 +29,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+from vswapd.errors import OutOfServiceError
+
+_LOG: Final = logging.getLogger(__name__)
 _HEAD: Final = struct.Struct("<IQBB")
 
 
@@ -172,6 +176,9 @@ class Channel:
             return False
         message = pickle.loads(self._input[_HEAD.size : end])  # noqa: S301 - see the module
         del self._input[:end]
+        if len(self._descriptors) < count:
+            self._refuse(kind, number)
+            return True
         descriptors = [self._descriptors.popleft() for _ in range(count)]
         if kind in {_VALUE, _ERROR}:
             answer = self._asked.get(number)
@@ -185,6 +192,15 @@ class Channel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
+
+    def _refuse(self, kind: int, number: int) -> None:
+        """A message came without its descriptors: this process may not have so many."""
+        while self._descriptors:
+            os.close(self._descriptors.popleft())
+        text = "no more descriptors are to be had: raise RLIMIT_NOFILE"
+        _LOG.error("a message was dropped: %s", text)
+        if kind == _REQUEST:
+            self._send(_ERROR, number, OutOfServiceError(text), ())
 
     async def _handle(self, kind: int, number: int, message: Any, descriptors: list[int]) -> None:
         try:

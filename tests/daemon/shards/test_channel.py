@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 from types import MappingProxyType
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from vswapd.channel import Channel, ChannelClosedError
-from vswapd.errors import BadSlotError
+from vswapd.errors import BadSlotError, OutOfServiceError
 
 Handle = Callable[[Any, list[int]], Awaitable[Any]]
 
@@ -37,6 +38,29 @@ def test_answers_find_their_requests() -> None:
         messages = [b"x" * size for size in (0, 1, 70_000, 3_000_000, 5)]
         assert await asyncio.gather(*(one.ask(message) for message in messages)) == messages
         assert await other.ask({"both": "ways"}) == {"both": "ways"}
+        one.close()
+        other.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_whose_descriptors_cannot_be_had_is_refused() -> None:
+    """Nobody waits for ever for an answer to what the other end could not receive."""
+
+    async def scenario() -> None:
+        one, other = pair()
+        fd = os.memfd_create("something")
+        asked = asyncio.ensure_future(one.ask("too much", [fd]))
+        await asyncio.sleep(0)  # it is sent, and not received
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        try:
+            with pytest.raises(OutOfServiceError, match="raise RLIMIT_NOFILE"):
+                await asyncio.wait_for(asked, 30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert await one.ask("again", [fd]) == "again"
+        os.close(fd)
         one.close()
         other.close()
 

@@ -36,6 +36,11 @@ class Places:
         self._taken: Final[Counter[int]] = Counter()
         """By uid, of those that have any."""
 
+    @property
+    def taken(self) -> int:
+        """How many are, by all users together."""
+        return self._taken.total()
+
     def refusal(self, uid: int) -> str:
         """Why a user cannot have one now, and what to do about it; empty: take it."""
         taken = self._taken
@@ -47,7 +52,7 @@ class Places:
                 "server.max_user_connections"
             )
         else:
-            found = taken.total()
+            found = self.taken
         if found >= self._most:
             return f"{found} connections are open: close one, or raise server.max_connections"
         return ""

@@ -347,10 +347,7 @@ class Supervisor:
             child.pid,
             how,
         )
-        for uid in child.places.elements():
-            self._places.give(uid)
-        child.connections = 0
-        child.places.clear()
+        self._clear(child)
         child.beaten = child.ready = False
         if len(child.deaths) > _MOST_DEATHS:
             self._later(self._revive_later(child))
@@ -407,14 +404,17 @@ class Supervisor:
             used.device.close()
 
     def _handler(self, child: Child) -> Callable[[Any, list[int]], Awaitable[Any]]:
+        pid = child.pid
+
         async def handle(message: Any, _: list[int]) -> Any:
             match message:
                 case Operate(request):
                     return await self.operate(request)
                 case AskStatus():
                     return await self.document()
-                case _:
+                case _ if child.pid == pid and child.there.is_set():
                     self._hear(child, message)
+                # Else it was sent by one that has died: nothing of it is counted any more.
             return None
 
         return handle
@@ -551,16 +551,27 @@ class Supervisor:
             child = min(there, key=lambda each: (each.connections, each.turn))
         self._turns += 1
         child.turn = self._turns
-        child.connections += 1
         serve = Serve(None if joins else uid)
-        if not joins:
-            child.places[uid] += 1
-            self._places.take(uid)
+        self._seat(child, serve.place)
         if child.there.is_set():
             with sock:
                 child.channel.tell(serve, [sock.fileno()])
         else:
             self._later(self._hand_over_later(sock, child, serve))
+
+    def _seat(self, child: Child, place: int | None) -> None:
+        """Count a connection that a shard gets; see Serve."""
+        child.connections += 1
+        if place is not None:
+            child.places[place] += 1
+            self._places.take(place)
+
+    def _clear(self, child: Child) -> None:
+        """Count the connections of a shard off that has died."""
+        for uid in child.places.elements():
+            self._places.give(uid)
+        child.places.clear()
+        child.connections = 0
 
     @staticmethod
     async def _hand_over_later(sock: socket.socket, child: Child, serve: Serve) -> None:

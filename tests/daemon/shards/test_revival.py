@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
 import resource
 import select
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -22,8 +24,10 @@ from support.daemon import RunningDaemon, running_daemon
 from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
 from vswap.control import Control
 from vswapd.config_schema import Device
-from vswapd.messages import Attach
+from vswapd.messages import Attach, Parted
+from vswapd.places import Places as ConnectionPlaces
 from vswapd.shard_process import ShardProcess
+from vswapd.supervisor import Child, Supervisor
 from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
 from vswapd_backends.shared_extents import owners_region
@@ -304,6 +308,32 @@ def test_a_shard_that_cannot_be_made_for_now_is_made_later(daemon: RunningDaemon
             assert "Traceback" not in daemon.log
         resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
         assert space.load(slots) == content
+
+
+def test_the_last_words_of_a_shard_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connections are counted off when it dies, and not once more by what it had still said."""
+
+    async def scenario(sock: socket.socket) -> None:
+        supervisor = Supervisor.__new__(Supervisor)
+        places = ConnectionPlaces(5, 5)
+        monkeypatch.setattr(supervisor, "_places", places, raising=False)
+        child = Child(0, 100, sock)
+        child.there.set()
+        handle = supervisor._handler(child)
+        for _ in range(2):
+            supervisor._seat(child, 7)
+        await handle(Parted(7), [])
+        assert (child.connections, child.places.total(), places.taken) == (1, 1, 1)
+        child.there.clear()
+        supervisor._clear(child)
+        await handle(Parted(7), [])
+        child.pid = 101
+        child.there.set()
+        await handle(Parted(7), [])
+        assert (child.connections, child.places.total(), places.taken) == (0, 0, 0)
+
+    with socket.socket() as sock:
+        asyncio.run(scenario(sock))
 
 
 def test_a_shard_whose_memory_is_damaged_ends_the_daemon() -> None:

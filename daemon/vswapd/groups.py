@@ -100,6 +100,8 @@ class Space:
     """Whether a client is connected to it."""
     since: float = 0.0
     """The clock's time at which that became so."""
+    inherited: bool = False
+    """Whether no client has had it since another process left it."""
 
 
 def refuse_closed(space: Space) -> None:

@@ -160,6 +160,7 @@ def _spaces(core: Core) -> dict[int, Space]:
             record=kept.record,
             attached=False,
             since=now,
+            inherited=True,
         )
         space.group.spaces += not space.joined
         found[space.id] = space

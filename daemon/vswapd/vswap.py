@@ -227,12 +227,16 @@ class Engine:
 
         Args:
             key: what it was opened with; not empty.
-            number: its id, of a space that has several parts on this shard; None: any of them.
+            number: its id, of a space that has several parts on this shard, or that anybody may
+                have who is its user. None: any of them that nobody has had in this process, since
+                whoever had one and went has ended it for all earlier clients.
             pid: the client's process now.
         """
         for space in self.orphans():
-            if space.key == key and number in {None, space.id} and not space.closed:
+            wanted = space.inherited if number is None else space.id == number
+            if wanted and space.key == key and not space.closed:
                 space.attached = True
+                space.inherited = False
                 space.since = self.core.clock()
                 space.pid = pid
                 self.core.control.attach_space(space)

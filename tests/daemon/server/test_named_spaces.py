@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -277,3 +278,41 @@ def test_the_next_client_is_not_given_the_answer_of_the_last() -> None:
         with Wire(manager.socket_path) as second:
             assert second.hello(name="cache", token=token, resume=True)["last"] is None
             assert second.load(slots).body == noise(3)
+
+
+def test_an_earlier_clients_answer_is_not_the_next_ones() -> None:
+    """A store that meets a kill is sent again, also if an earlier client had one of its number."""
+    with service("server.shards=1") as manager:
+        with vswap.connect(manager.socket_path, name="kept") as earlier:
+            theirs = [earlier.store(noise(1, 7)).tolist() for _ in range(5)]
+        with vswap.connect(manager.socket_path, name="kept") as space:
+            for _ in range(4):
+                space.ping()
+            manager.kill()
+            with ThreadPoolExecutor(1) as pool:
+                storing = pool.submit(space.store, noise(1, 11))
+                manager.start()
+                slots = storing.result()
+            assert slots.tolist() not in theirs
+            assert space.load(slots) == noise(1, 11)
+
+
+def test_a_client_does_not_come_back_to_what_the_next_has_had() -> None:
+    """Whoever was idle while the daemon died, and another took the name: it is told, not served."""
+    with (
+        service("server.shards=1") as manager,
+        vswap.connect(manager.socket_path, name="kept") as idle,
+    ):
+        slots = idle.store(noise(2, 1))
+        manager.kill()
+        manager.start()
+        with vswap.connect(manager.socket_path, name="kept") as space:
+            space.free(slots[:1])
+            assert space.store(noise(1, 2)).tolist() == slots[:1].tolist()
+        while True:
+            # The daemon is about to see that the other one has gone.
+            with Control(manager.socket_path) as control:
+                if control.call("spaces")["spaces"][0]["pid"] is None:
+                    break
+        with pytest.raises(vswap.SpaceLost):
+            idle.load(slots)

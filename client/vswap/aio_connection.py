@@ -32,6 +32,7 @@ from vswap.errors import (
     VswapError,
 )
 from vswap.greeting import (
+    AWAY,
     COMING_BACK,
     DYING_S,
     FIRST_PAUSE_S,
@@ -72,10 +73,11 @@ async def open_connection(
         return hello(client, window_bytes=window_bytes, name=name)
 
     home, peer, found, window = await _greet_first(path, silence_s, call, patience_s)
+    patience_s = patience_s if peer.resumable else 0.0
     door = _Door(
         found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept, name
     )
-    resume = door.resume if peer.resumable and patience_s else None
+    resume = door.resume if patience_s else None
     connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume)
     return connection, peer, window
 
@@ -92,23 +94,33 @@ class _Door:
     """The shard whose window it is."""
     window: Window | None
     patience_s: float
+    """0: nobody keeps what a daemon that has died held."""
     kept: bool
     """Whether a daemon that stops will know the space when it is back."""
     name: str | None
     """The space's, if it has one."""
 
     async def open_lane(self, shard: int) -> AsyncLane:
-        """A lane to another shard. Raises: as `open_connection`."""
+        """A lane to another shard; a daemon that is away is waited for.
+
+        Raises: as `open_connection`.
+        """
         loop = asyncio.get_running_loop()
-        end = loop.time() + DYING_S
+        begin = loop.time()
         while True:
             call = hello(self.client, shard=shard, token=self.token, name=self.name)
+            left = max(FIRST_PAUSE_S, begin + self.patience_s - loop.time())
+            patience_s = left if self.patience_s else None
             try:
-                lane, there, *_ = await _greet(self.path, self.silence_s, call)
+                lane, there, *_ = await _greet(self.path, self.silence_s, call, patience_s)
                 break
             except SpaceBusy:
                 # The client before this one has gone, and this shard is about to see it.
-                if loop.time() > end:
+                if loop.time() > begin + DYING_S:
+                    raise
+            except AWAY as error:
+                stays_away = isinstance(error, Stopping) and not self.kept
+                if stays_away or loop.time() + FIRST_PAUSE_S > begin + self.patience_s:
                     raise
             await asyncio.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
@@ -131,14 +143,14 @@ class _Door:
         pause = FIRST_PAUSE_S
         while True:
             try:
-                return await self._take_up(lane)
+                return await self._take_up(lane, max(FIRST_PAUSE_S, end - loop.time()))
             except COMING_BACK as error:
                 if loop.time() + pause > end:
                     raise not_back(why, self.patience_s, error) from error
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _take_up(self, lane: AsyncLane) -> Peer:
+    async def _take_up(self, lane: AsyncLane, patience_s: float) -> Peer:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
@@ -149,10 +161,10 @@ class _Door:
             resume=True,
             name=self.name,
         )
-        sock, _ = await open_async(self.path, self.silence_s)
+        sock, _ = await open_async(self.path, patience_s)
         lane.reopen(sock)
         try:
-            there = await _say_hello(lane, call, self.silence_s)
+            there = await _say_hello(lane, call, None, patience_s)
             check_same(there, lane.shard)
         except BaseException:
             lane.interrupt()
@@ -188,13 +200,16 @@ async def _greet_first(
 
 
 async def _greet(
-    path: str | os.PathLike[str] | None, silence_s: float | None, call: Ask
+    path: str | os.PathLike[str] | None,
+    silence_s: float | None,
+    call: Ask,
+    patience_s: float | None = None,
 ) -> tuple[AsyncLane, Peer, Path, Window | None]:
     """A lane that HELLO has been said on, what was answered, where, and the window."""
-    sock, found = await open_async(path, silence_s)
+    sock, found = await open_async(path, silence_s if patience_s is None else patience_s)
     lane = AsyncLane(sock, _Greeting())
     try:
-        peer = await _say_hello(lane, call, silence_s)
+        peer = await _say_hello(lane, call, silence_s, patience_s)
     except BaseException:
         lane.close()
         if lane.descriptor is not None:
@@ -206,14 +221,18 @@ async def _greet(
     return lane, peer, found, window_of(descriptor, peer.window_bytes, peer.shard)
 
 
-async def _say_hello(lane: AsyncLane, call: Ask, silence_s: float | None) -> Peer:
+async def _say_hello(
+    lane: AsyncLane, call: Ask, silence_s: float | None, patience_s: float | None
+) -> Peer:
+    """Say HELLO, and what was answered. `patience_s`: as for `vswap.lane.Lane.greet`."""
     lane.owner = greeting = _Greeting()
     lane.greet(call)
     try:
-        async with asyncio.timeout(silence_s):
+        async with asyncio.timeout(silence_s if patience_s is None else patience_s):
             await greeting.over
     except TimeoutError:
-        raise _silence(silence_s) from None
+        silent = _silence(silence_s) if patience_s is None else NoDaemon("nobody answers there")
+        raise silent from None
     return parse_hello(call.result())
 
 
@@ -348,8 +367,7 @@ class AsyncConnection:
         self._waiting[call] = future
         if self._idle:
             self._heard_at = self._loop.time()
-        if self._timeout is not None and self._watch is None:
-            self._watch = self._loop.call_later(self._timeout, self._look)
+        self._listen()
         self._routes[call] = lanes
         self._put(call, lanes)
         return future
@@ -361,7 +379,11 @@ class AsyncConnection:
 
     @property
     def _idle(self) -> bool:
-        return all(lane.conversation.idle for lane in self._lanes.values())
+        """Whether nothing is awaited of a daemon that is there."""
+        return all(
+            lane.conversation.idle or shard in self._returning
+            for shard, lane in self._lanes.items()
+        )
 
     def _abandon(self, call: Call) -> None:
         """The caller is gone; his buffers are his again."""
@@ -421,6 +443,7 @@ class AsyncConnection:
         else:
             lane.owner = self
             self._heard_at = self._loop.time()
+            self._listen()
             lane.resume(there.last)
             for call, lanes in list(self._routes.items()):
                 # Some have got what they waited for with HELLO's answer, or wait for nothing now.
@@ -450,6 +473,11 @@ class AsyncConnection:
                 # One exception object must not be raised in two tasks.
                 future.set_exception(error if first else ConnectionLost(str(error)))
                 first = False
+
+    def _listen(self) -> None:
+        """From now on the daemon is not to be silent for too long."""
+        if self._timeout is not None and self._watch is None and not self.closed:
+            self._watch = self._loop.call_later(self._timeout, self._look)
 
     def _look(self) -> None:
         """Whether the daemon has been silent for too long."""

@@ -40,6 +40,8 @@ PATIENCE_S: Final = 30.0
 and in some more if it has much to look through."""
 COMING_BACK: Final = (Broken, NoDaemon, Stopping, ConnectionRefused)
 """What a daemon that is about to come back may say, or not say."""
+AWAY: Final = (Broken, NoDaemon, Stopping)
+"""The same without what one that is there may say, too."""
 FIRST_PAUSE_S: Final = 0.01
 LONGEST_PAUSE_S: Final = 0.25
 DYING_S: Final = 2.0
@@ -69,8 +71,9 @@ def greet(
         return hello(client, control=control, window_bytes=window, name=name)
 
     home, peer, found, shared = _first_lane(path, timeout, call, patience)
+    patience = patience if peer.resumable and not control else 0.0
     door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)
-    resume = door.resume if peer.resumable and not control and patience else None
+    resume = door.resume if patience else None
     return Connection(home, peer.shards, timeout, door.open_lane, resume), peer, shared
 
 
@@ -86,22 +89,29 @@ class _Door:
     """The shard whose window it is."""
     window: Window | None
     patience: float
+    """0: nobody keeps what a daemon that has died held."""
     kept: bool
     """Whether a daemon that stops will know the space when it is back."""
     name: str | None
     """The space's, if it has one."""
 
     def open_lane(self, shard: int) -> Lane:
-        """A lane to another shard. Raises: as `greet`."""
-        end = time.monotonic() + DYING_S
+        """A lane to another shard; waits for a daemon that is away. Raises: as `greet`."""
+        begin = time.monotonic()
         while True:
             call = hello(self.client, shard=shard, token=self.token, name=self.name)
+            left = max(FIRST_PAUSE_S, begin + self.patience - time.monotonic())
+            patience = left if self.patience else None
             try:
-                lane, there, *_ = _lane(self.path, self.timeout, call)
+                lane, there, *_ = _lane(self.path, self.timeout, call, patience)
                 break
             except SpaceBusy:
                 # The client before this one has gone, and this shard is about to see it.
-                if time.monotonic() > end:
+                if time.monotonic() > begin + DYING_S:
+                    raise
+            except AWAY as error:
+                stays_away = isinstance(error, Stopping) and not self.kept
+                if stays_away or time.monotonic() + FIRST_PAUSE_S > begin + self.patience:
                     raise
             time.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
@@ -123,14 +133,14 @@ class _Door:
         pause = FIRST_PAUSE_S
         while True:
             try:
-                return self._take_up(lane)
+                return self._take_up(lane, max(FIRST_PAUSE_S, end - time.monotonic()))
             except COMING_BACK as error:
                 if time.monotonic() + pause > end:
                     raise not_back(why, self.patience, error) from error
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _take_up(self, lane: Lane) -> None:
+    def _take_up(self, lane: Lane, patience: float) -> None:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
@@ -141,9 +151,9 @@ class _Door:
             resume=True,
             name=self.name,
         )
-        sock, _ = open_socket(self.path, self.timeout)
+        sock, _ = open_socket(self.path, patience)
         lane.reopen(sock)
-        descriptor = lane.greet(call)
+        descriptor = lane.greet(call, patience)
         try:
             there = parse_hello(call.result())
             check_same(there, lane.shard)
@@ -175,14 +185,17 @@ def _first_lane(
 
 
 def _lane(
-    path: str | os.PathLike[str] | None, timeout: float | None, call: Ask
+    path: str | os.PathLike[str] | None,
+    timeout: float | None,
+    call: Ask,
+    patience: float | None = None,
 ) -> tuple[Lane, Peer, Path, Window | None]:
     """A lane that HELLO has been said on, what was answered, where, and the window."""
-    sock, found = open_socket(path, timeout)
+    sock, found = open_socket(path, timeout if patience is None else patience)
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
         lane = Lane(sock, timeout)
-        descriptor = lane.greet(call)
+        descriptor = lane.greet(call, patience)
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         peer = parse_hello(call.result())

@@ -25,7 +25,7 @@ import struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
 from vswap.conversation import Conversation
-from vswap.errors import Broken, Stopping, TimedOut
+from vswap.errors import Broken, NoDaemon, Stopping, TimedOut
 from vswap.protocol import MAX_BATCH
 from vswap.window import receive
 
@@ -60,15 +60,17 @@ class Lane:
         self._use(sock)
 
     def _use(self, sock: socket.socket) -> None:
-        timeout = self._timeout
         self.sock = sock
         self._poll = select.poll()
-        if timeout is not None:
-            # The kernel's own timeout costs nothing; Python's would poll before every receive.
-            whole = int(timeout)
-            value = _TIMEVAL.pack(whole, max(1, int((timeout - whole) * 1e6)))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        if self._timeout is not None:
+            self._limit_silence(self._timeout)
         self._poll.register(sock, select.POLLIN | select.POLLOUT)
+
+    def _limit_silence(self, seconds: float | None) -> None:
+        # The kernel's own timeout costs nothing; Python's would poll before every receive.
+        whole = int(seconds or 0)
+        value = (0, 0) if seconds is None else (whole, max(1, int((seconds - whole) * 1e6)))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*value))
 
     def reopen(self, sock: socket.socket) -> None:
         """Go on over another socket. HELLO is to be said there, then `conversation.resume`."""
@@ -133,8 +135,14 @@ class Lane:
             if self._arrived(count):
                 return
 
-    def greet(self, call: Call) -> int | None:
+    def greet(self, call: Call, patience: float | None = None) -> int | None:
         """Carry HELLO through; returns the descriptor that came with the answer, if any did.
+
+        Args:
+            call: HELLO.
+            patience: Seconds for which a daemon is waited for that is not back yet: it has been
+                connected to, since somebody listens for it, but nobody may answer for long, or
+                ever. None: it is there, and as silent as any other may be.
 
         Raises:
             ConnectionLost, ProtocolError: as `exchange`.
@@ -142,14 +150,19 @@ class Lane:
         buffers = self.conversation.request(call, self.shard)
         assert buffers is not None
         self._send(buffers)
+        if patience is not None:
+            self._limit_silence(patience)
         try:
             count, descriptor = receive(self.sock, self.conversation.wanted)
         except BlockingIOError:
-            raise self.silence() from None
+            silent = self.silence() if patience is None else NoDaemon("nobody answers there")
+            raise silent from None
         except OSError as error:
             raise self._break(f"the connection to the daemon broke: {error}") from error
         if not count:
             raise self._break(_SAID_NOTHING)
+        if patience is not None:
+            self._limit_silence(self._timeout)
         try:
             self._arrived(count)
             if call.in_flight:

@@ -57,16 +57,17 @@ def connect(
         path: The daemon's socket. Default: $VSWAP_SOCKET; else the daemon of this user
             ($XDG_RUNTIME_DIR/vswapd.sock, /tmp/vswapd-UID/vswapd.sock), else the system's
             (/run/vswapd.sock).
-        timeout: Seconds of silence after which the daemon is given up and the connection closed;
-            None: wait for ever.
+        timeout: Seconds of silence after which a daemon that is there is given up, and the
+            connection closed; None: wait for ever.
         name: Of a space that outlives this client: its pages stay, and whoever of the same user
             connects with the name again has them (see `Space.slots`), one client at a time.
             Default: the space has none, and ends with the connection.
         label: How the daemon's status names this client. Default: the program's name.
         window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or
             none. 0: none is asked for.
-        patience: Seconds for which a daemon that has died is waited for. Where a service manager
-            keeps its memory, calls go on afterwards as if nothing had happened.
+        patience: Seconds for which a daemon that has died is waited for, whatever `timeout` is.
+            Where a service manager keeps its memory, calls go on afterwards as if nothing had
+            happened.
 
     Raises:
         ValueError: `timeout`, `window` or `patience` make no sense.

@@ -434,3 +434,45 @@ def test_closing_while_it_is_away_ends_the_waiting(mortal: MortalDaemon) -> None
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(main())
+
+
+class MuteDaemon(MortalDaemon):
+    """Says nothing but HELLO once it has died and come back."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.over = threading.Event()
+        self.away = 0.0
+        """Seconds until it is back."""
+
+    def before(self, header: Header, shard: int) -> None:
+        if self.life and header.op == Op.HELLO:
+            self.over.wait(self.away)
+        if self.resumed and header.op != Op.HELLO:
+            self.over.wait(30)
+
+    def __exit__(self, *more: object) -> None:
+        self.over.set()
+        super().__exit__(*more)
+
+
+def test_a_daemon_that_is_silent_after_it_came_back_is_given_up(socket_path: Path) -> None:
+    """For tasks too, also if it was away for longer than it may be silent."""
+    with MuteDaemon(socket_path) as daemon, vswap.connect(socket_path, timeout=0.2) as space:
+        slots = space.store(noise(1))
+        daemon.hang_up()
+        with pytest.raises(vswap.TimedOut):
+            space.load(slots)
+
+    async def main(daemon: MuteDaemon) -> None:
+        space = await vswap.aio.connect(socket_path, timeout=0.2)
+        slots = await space.store(noise(1))
+        daemon.away = 0.5
+        daemon.hang_up()
+        async with asyncio.timeout(30):
+            with pytest.raises(vswap.TimedOut):
+                await space.load(slots)
+
+    socket_path.unlink()
+    with MuteDaemon(socket_path) as daemon:
+        asyncio.run(main(daemon))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
 import socket
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import numpy as np
 import pytest
 
 import vswap
+import vswap.aio
 from support.daemon import running_daemon
 from support.service_manager import ServiceManager, service
 from support.wire import HELLO, SPACE_LOST, Wire
@@ -422,3 +425,67 @@ def test_descriptors_do_not_grow(manager: ServiceManager) -> None:
         counts.append(len(list(Path(f"/proc/{manager.pid}/fd").iterdir())) + len(manager.kept))
     # The socket that READY went through may not be closed yet.
     assert counts[-1] <= counts[0] + 1
+
+
+@pytest.mark.parametrize("timeout", [None, 0.1])
+def test_a_daemon_that_is_away_is_waited_for_as_long_as_patience_says(
+    manager: ServiceManager, timeout: float | None
+) -> None:
+    """Also where the service manager listens for it meanwhile; it may be away for longer than a
+    daemon that is there may be silent."""
+    with vswap.connect(manager.socket_path, timeout=timeout) as space:
+        slots = space.store(noise(3))
+        manager.kill()
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(space.load, slots)
+            with pytest.raises(TimeoutError):
+                loading.result(0.5)
+            manager.start()
+            assert loading.result() == noise(3)
+    with vswap.connect(manager.socket_path, timeout=timeout, patience=0.3) as space:
+        slots = space.store(noise(3))
+        manager.kill()
+        with pytest.raises(vswap.ConnectionLost, match=r"did not come back within 0\.3 s"):
+            space.load(slots)
+        assert space.closed
+
+
+@pytest.mark.parametrize("timeout", [None, 0.1])
+def test_tasks_wait_for_a_daemon_as_long_as_patience_says(
+    manager: ServiceManager, timeout: float | None
+) -> None:
+    """As threads do."""
+
+    async def main() -> None:
+        async with vswap.aio.connect(manager.socket_path, timeout=timeout) as space:
+            slots = await space.store(noise(3))
+            manager.kill()
+            loading = asyncio.create_task(space.load(slots))
+            assert not (await asyncio.wait([loading], timeout=0.5))[0]
+            await asyncio.to_thread(manager.start)
+            assert await loading == noise(3)
+        space = await vswap.aio.connect(manager.socket_path, timeout=timeout, patience=0.3)
+        slots = await space.store(noise(3))
+        manager.kill()
+        with pytest.raises(vswap.ConnectionLost, match=r"did not come back within 0\.3 s"):
+            await space.load(slots)
+        assert space.closed
+
+    asyncio.run(main())
+
+
+def test_a_lane_is_opened_to_a_daemon_that_is_away() -> None:
+    """What needs a shard that was not needed before waits for it, or is told within patience."""
+    with service("server.shards=3", "pool.max=32M") as manager:
+        with vswap.connect(manager.socket_path, name="many") as space:
+            slots = space.store(noise(1000))
+        with vswap.connect(manager.socket_path, name="many") as space:
+            manager.kill()
+            with ThreadPoolExecutor(1) as pool:
+                loading = pool.submit(space.load, slots)
+                manager.start()
+                assert loading.result() == noise(1000)
+        with vswap.connect(manager.socket_path, name="many", patience=0.2) as space:
+            manager.kill()
+            with pytest.raises(vswap.ConnectionLost):
+                space.load(slots)

@@ -434,13 +434,6 @@ class AsyncConnection:
     ) -> None:
         try:
             there = await resume(lane, why)
-        except asyncio.CancelledError:
-            raise
-        except VswapError as error:
-            self._end(error)
-        except Exception as error:  # noqa: BLE001 - whoever waits for a call is told
-            self._end(ConnectionLost(f"the connection could not be taken up again: {error!r}"))
-        else:
             lane.owner = self
             self._heard_at = self._loop.time()
             self._listen()
@@ -449,6 +442,12 @@ class AsyncConnection:
                 # Some have got what they waited for with HELLO's answer, or wait for nothing now.
                 if lane in lanes and not self.closed:
                     self.answered(call)
+        except asyncio.CancelledError:
+            raise
+        except VswapError as error:
+            self._end(error)
+        except Exception as error:  # noqa: BLE001 - whoever waits for a call is told
+            self._end(ConnectionLost(f"the connection could not be taken up again: {error!r}"))
         finally:
             del self._returning[lane.shard]
 

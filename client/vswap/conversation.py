@@ -172,6 +172,9 @@ class Conversation:
         Args:
             last: The last request that the daemon carried out and that changed anything. If its
                 answer was not heard, this is it; all others are sent again.
+
+        Raises:
+            ProtocolError: it cannot be the answer; close the connection.
         """
         interrupted, self._interrupted = self._interrupted, []
         for request_id, call, frame in interrupted:
@@ -181,6 +184,11 @@ class Conversation:
             call.in_flight -= 1
             if last.status == Status.OK:
                 if frame.op is Op.STORE and frame.targets:
+                    if len(last.slots) != frame.count:
+                        raise ProtocolError(
+                            f"the daemon says that a store of {frame.count} pages"
+                            f" was answered with {len(last.slots)} slots"
+                        )
                     frame.targets[0][:] = last.slots.astype("<u8").tobytes()
                 call.accept(frame, b"")
             else:

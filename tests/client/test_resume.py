@@ -476,3 +476,35 @@ def test_a_daemon_that_is_silent_after_it_came_back_is_given_up(socket_path: Pat
     socket_path.unlink()
     with MuteDaemon(socket_path) as daemon:
         asyncio.run(main(daemon))
+
+
+class ConfusedDaemon(MortalDaemon):
+    """Says that what it did not carry out was answered with one slot, however many pages it had."""
+
+    def before(self, header: Header, shard: int) -> None:
+        if header.op == Op.STORE:
+            self.last[shard] = {
+                "request": header.request_id,
+                "status": 0,
+                "flags": 0,
+                "slots": [1],
+            }
+
+
+def test_an_answer_that_does_not_fit_is_no_answer(socket_path: Path) -> None:
+    """A store is told of it, by a thread or a task, and does not wait for ever."""
+    with ConfusedDaemon(socket_path) as daemon:
+        daemon.deaths = [(Op.STORE, "before"), (Op.STORE, "before")]
+        with (
+            vswap.connect(socket_path, timeout=30) as space,
+            pytest.raises(vswap.ProtocolError, match="2 pages was answered with 1 slots"),
+        ):
+            space.store(noise(2))
+
+        async def main() -> None:
+            async with asyncio.timeout(30), vswap.aio.connect(socket_path) as space:
+                with pytest.raises(vswap.ProtocolError, match="2 pages was answered with 1 slots"):
+                    await space.store(noise(2))
+                assert space.closed
+
+        asyncio.run(main())

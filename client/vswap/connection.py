@@ -8,7 +8,8 @@ Invariants:
 - One lock; a call has the connection to itself. Threads wait for each other.
 - After a typed error all replies of the call have been read: every lane is in step.
 - A lane that breaks because the daemon has died is taken up again, if what the daemon holds
-  outlives it; the call goes on.
+  outlives it; the call goes on. So is one that no call has needed since, before the daemon ceases
+  to wait for it, as long as there are calls.
 - After anything else (silence, nonsense, an exception out of a signal handler, which may strike
   between the arrival of bytes and their being counted) the connection is closed, and later calls
   say why.
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 _REFUSED_S: Final = 1.0
 """How long a shard that had no room for one more lane is left alone."""
+_LOOK_S: Final = 1.0
+"""How often the lanes that a call does not need are looked at: what a space has on a shard is freed
+if its client does not come back in time. It costs a system call per lane."""
 
 
 class Connection:
@@ -64,6 +68,7 @@ class Connection:
         self._resume = resume
         self._lanes: dict[int, Lane] = {home.shard: home}
         self._refused_at: dict[int, float] = {}
+        self._looked_at = time.monotonic()
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._why_closed: str | None = None
@@ -105,6 +110,8 @@ class Connection:
             self._leave()
 
     def _carry_through(self, call: Call, lanes: list[Lane]) -> None:
+        if self._resume is not None and len(self._lanes) > len(lanes):
+            self._look_at_others()
         while True:
             try:
                 if len(lanes) == 1:
@@ -119,6 +126,19 @@ class Connection:
                         self._resume(lane, error)
             else:
                 return
+
+    def _look_at_others(self) -> None:
+        """Take up lanes that have ended meanwhile; between calls nothing else can come on them."""
+        now = time.monotonic()
+        if now < self._looked_at + _LOOK_S:
+            return
+        self._looked_at = now
+        assert self._resume is not None
+        for lane in self._lanes.values():
+            try:
+                lane.pull()
+            except (Broken, Stopping) as error:
+                self._resume(lane, error)
 
     def _enter(self) -> None:
         if not self._lock.acquire(blocking=False):

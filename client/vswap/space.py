@@ -67,7 +67,8 @@ def connect(
             none. 0: none is asked for.
         patience: Seconds for which a daemon that has died is waited for, whatever `timeout` is.
             Where a service manager keeps its memory, calls go on afterwards as if nothing had
-            happened.
+            happened. Only calls notice: a space without a name whose client makes none for the
+            daemon's `server.resume_timeout` (a minute) after it is back is freed.
 
     Raises:
         ValueError: `timeout`, `window` or `patience` make no sense.

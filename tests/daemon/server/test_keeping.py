@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -489,3 +490,29 @@ def test_a_lane_is_opened_to_a_daemon_that_is_away() -> None:
             manager.kill()
             with pytest.raises(vswap.ConnectionLost):
                 space.load(slots)
+
+
+def test_a_client_that_makes_calls_keeps_what_it_has_on_all_shards() -> None:
+    """Also on those that no call has needed since the daemon died, or they alone did."""
+    settings = ("server.shards=3", "pool.max=32M", "server.resume_timeout=2s")
+    with service(*settings) as manager, vswap.connect(manager.socket_path) as space:
+        content = noise(1000)
+        slots = space.store(content)
+        few = space.store(noise(1, 1))
+        for kill in (kill_all, kill_shards):
+            kill(manager)
+            end = time.monotonic() + 3.0
+            while time.monotonic() < end:
+                # Longer than the daemon waits for anybody.
+                assert space.load(few) == noise(1, 1)
+            assert space.load(slots) == content
+
+
+def kill_all(manager: ServiceManager) -> None:
+    manager.kill()
+    manager.start()
+
+
+def kill_shards(manager: ServiceManager) -> None:
+    for pid in Path(f"/proc/{manager.pid}/task/{manager.pid}/children").read_text().split():
+        os.kill(int(pid), signal.SIGKILL)

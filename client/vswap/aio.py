@@ -153,7 +153,11 @@ class Space:
         return receiver.finish()
 
     def buffer(self, n: int) -> View:
-        """As `vswap.Space.buffer`. A load into it that was cancelled may still fill it."""
+        """As `vswap.Space.buffer`.
+
+        A load into it that was cancelled may still fill it, and an overwrite out of it that was
+        cancelled may still take its pages, as they are by then.
+        """
         if n < 0:
             raise ValueError(f"a buffer has 0 pages or more, not {n}")
         lent = self._window.buffer(n) if self._window is not None and n else None

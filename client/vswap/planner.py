@@ -89,7 +89,8 @@ class Frame:
         self.scratch = scratch
         """Where pages arrive that belong to many places."""
         self.held: View | None = None
-        """What the daemon may write to until it has answered, though nobody waits any more."""
+        """Where the daemon may put pages, or take them from, until it has answered, though nobody
+        waits any more."""
         self.undoes: list[View] = []
         """The slots that a FREE gives back for a store that failed."""
         self.shard = 0
@@ -254,11 +255,13 @@ class Overwrite(SlotsCall):
         """Slots, then pages; the reply repeats the slots, and they are not needed."""
         echo = memoryview(bytearray(count * SLOT_BYTES))
         offset = self._source.offset(where, shard)
-        if offset is not None:
-            body, flags = [offset, self.packed(where)], Flag.SLOTS | Flag.WINDOW
-        else:
-            body, flags = [self.packed(where), *self._source.cut(where)], Flag.SLOTS
-        return Frame(Op.STORE, body, [echo], where, count=count, flags=flags)
+        if offset is None:
+            body = [self.packed(where), *self._source.cut(where)]
+            return Frame(Op.STORE, body, [echo], where, count=count, flags=Flag.SLOTS)
+        body, flags = [offset, self.packed(where)], Flag.SLOTS | Flag.WINDOW
+        frame = Frame(Op.STORE, body, [echo], where, count=count, flags=flags)
+        frame.held = self._source.whole
+        return frame
 
     def again(self, frame: Frame, shard: int) -> Frame | None:
         """Also after an error: whoever is told of it is to know what became of each slot."""

@@ -188,6 +188,7 @@ class Space:
         socket. It is memory as any other in all else: n*4096 bytes, writable, content undefined,
         and free again when nothing looks at it any more. Where the daemon shares no memory, or all
         of it is lent out, it is memory of this process alone, and everything works all the same.
+        A child that is forked while it is in use shares it with this process.
 
         Raises:
             ValueError: n is negative.

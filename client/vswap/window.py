@@ -6,6 +6,9 @@ when nothing looks at it any more.
 Invariants:
 - A part is lent to one borrower at a time.
 - The memory stays mapped as long as anything looks at it, also after the connection has ended.
+- Memory, its address and its generation change together, under the lock: a thread that takes the
+  connection up again must not meet another that is finding out where its pages are.
+- A forked child lends nothing of it: its parent, and the daemon, would see what the child writes.
 - Returning a part takes no lock: it happens wherever the interpreter drops the last reference.
 
 This module must not know frames, or whether the caller waits or awaits.
@@ -56,6 +59,7 @@ class Window:
         """How often the memory was replaced by another."""
         self._lock = threading.Lock()
         self._map(fd, size)
+        _windows.add(self)
 
     def _map(self, fd: int, size: int) -> None:
         try:
@@ -88,6 +92,11 @@ class Window:
             self._lent = bytearray()
             self._returned = deque()
 
+    def leave_to_the_parent(self) -> None:
+        """In a forked child: lend nothing, and know nothing of what was lent."""
+        self._lock = threading.Lock()  # another thread of the parent may hold it
+        self.replace(None, 0)
+
     def buffer(self, pages: int) -> View | None:
         """Memory for `pages` pages, its content undefined; None: there is no such part left."""
         with self._lock:
@@ -99,21 +108,34 @@ class Window:
                 return None
             self._lent[start : start + pages] = b"\1" * pages
             self._used = True
-        part = self._memory[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
-        # Views keep the object alive that they were made from: this one, not the whole window.
-        keeper = np.frombuffer(part, np.uint8)
-        weakref.finalize(keeper, self._returned.append, (start, pages)).atexit = False
+            part = self._memory[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
+            # Views keep the object alive that they were made from: this one, not the whole window.
+            keeper = np.frombuffer(part, np.uint8)
+            weakref.finalize(keeper, self._returned.append, (start, pages)).atexit = False
         return keeper.data
 
     def locate(self, pages: Pages) -> Pages:
         """Note in `pages` where in the window they are, if they are in it. Returns them."""
         whole = pages.whole
         if self._used and whole.nbytes:
-            offset = _address(np.frombuffer(whole, np.uint8)) - self._address
-            inside = offset >= 0 and offset + whole.nbytes <= self._memory.nbytes
-            if inside and offset % PAGE_BYTES == 0:
-                pages.place = Place(self, self.generation, self._shard, offset)
+            address = _address(np.frombuffer(whole, np.uint8))
+            with self._lock:
+                offset = address - self._address
+                inside = offset >= 0 and offset + whole.nbytes <= self._memory.nbytes
+                if inside and offset % PAGE_BYTES == 0:
+                    pages.place = Place(self, self.generation, self._shard, offset)
         return pages
+
+
+_windows: weakref.WeakSet[Window] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    for window in list(_windows):
+        window.leave_to_the_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 def _address(array: npt.NDArray[np.uint8]) -> int:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import mmap
 import os
+import signal
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import numpy as np
 import pytest
@@ -209,6 +212,49 @@ def test_the_same_for_asyncio(daemon: RunningDaemon) -> None:
     asyncio.run(main())
 
 
+def test_a_cancelled_overwrite_takes_no_pages_of_whoever_has_its_buffer_next(
+    daemon: RunningDaemon,
+) -> None:
+    """The slots have their old pages or their new ones, also if the daemon comes to it later."""
+
+    async def main() -> None:
+        async with vswap.aio.connect(daemon.socket_path, timeout=30) as space:
+            slots = await space.store(b"\1" * 100 * PAGE_BYTES)
+            for _ in range(20):
+                buffer = space.buffer(100)
+                buffer[:] = b"\2" * buffer.nbytes
+                task = asyncio.create_task(space.store(buffer, slots=slots))
+                await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.wait([task])
+                del task, buffer
+                other = space.buffer(100)
+                other[:] = b"\3" * other.nbytes
+                await space.ping()
+                assert 3 not in set(await space.load(slots))
+
+    asyncio.run(main())
+
+
+def test_a_forked_child_is_lent_nothing_of_it(daemon: RunningDaemon) -> None:
+    """What it writes to its own buffer is not in its parent's, whoever held what at the fork."""
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        assert space._window is not None
+        view = space.buffer(1)
+        view[:] = bytes(PAGE_BYTES)
+        with space._window._lock:
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)  # it must not wait for who is not there
+                with contextlib.suppress(BaseException):
+                    space.buffer(1)[:] = b"\1" * PAGE_BYTES
+                    os._exit(0)
+                os._exit(1)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert not any(space.buffer(1))
+        assert not any(view)
+
+
 # The window by itself
 
 
@@ -310,6 +356,31 @@ def test_a_replaced_window_is_used_no_more() -> None:
     shared.replace(None, 0)
     assert shared.buffer(1) is None
     assert place(shared, new) is None
+
+
+def test_threads_do_not_meet_a_window_that_is_half_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pages of the old memory are never taken for some of the new, whenever somebody looks."""
+    shared = window()
+    old = shared.buffer(8)
+    assert old is not None
+    close = os.close
+    with ThreadPoolExecutor(1) as pool:
+        found: list[Future[Place | None]] = []
+
+        def close_and_look(fd: int) -> None:
+            found.append(pool.submit(place, shared, old))
+            wait(found, timeout=0.1)
+            close(fd)
+
+        monkeypatch.setattr(os, "close", close_and_look)
+        fd = os.memfd_create("window")
+        os.ftruncate(fd, SIZE)
+        shared.replace(fd, SIZE)
+        monkeypatch.undo()
+        where = found[0].result()
+    assert where is None or where.generation != shared.generation
 
 
 def test_a_window_that_is_none_is_done_without() -> None:

@@ -81,11 +81,9 @@ class Connection:
 
     def close(self, why: str = "it was closed") -> None:
         """Close it; the daemon then frees the space. A call in another thread is waited for."""
-        self._enter()
-        try:
+        self._refuse_within()
+        with self._lock:
             self._shut(why)
-        finally:
-            self._leave()
 
     def run(self, call: Call) -> None:
         """Carry a call through. Its own errors are kept in it; ask it for its result.
@@ -96,8 +94,17 @@ class Connection:
                 sent.
             ProtocolError: the daemon answered nonsense; the connection is closed now.
         """
-        self._enter()
+        self._refuse_within()
         try:
+            # Nothing but `with` takes a lock, or gives it back, whenever a signal strikes.
+            with self._lock:
+                self._run_alone(call)
+        finally:
+            call.release()
+
+    def _run_alone(self, call: Call) -> None:
+        try:
+            self._owner = threading.get_ident()
             self._check_open()
             lanes = self._lanes_for(call)
             try:
@@ -106,8 +113,7 @@ class Connection:
                 self._shut(str(error) or type(error).__name__)
                 raise
         finally:
-            call.release()
-            self._leave()
+            self._owner = None
 
     def _carry_through(self, call: Call, lanes: list[Lane]) -> None:
         if self._resume is not None and len(self._lanes) > len(lanes):
@@ -140,16 +146,14 @@ class Connection:
             except (Broken, Stopping) as error:
                 self._resume(lane, error)
 
-    def _enter(self) -> None:
-        if not self._lock.acquire(blocking=False):
-            if self._owner == threading.get_ident():
-                raise RuntimeError("a call on this connection is running in this very thread")
-            self._lock.acquire()
-        self._owner = threading.get_ident()
+    def _refuse_within(self) -> None:
+        """Refuse what a signal's handler wants in the middle of a call: it would wait for itself.
 
-    def _leave(self) -> None:
-        self._owner = None
-        self._lock.release()
+        Raises:
+            RuntimeError: a call is running in this very thread.
+        """
+        if self._owner == threading.get_ident() and self._lock.locked():
+            raise RuntimeError("a call on this connection is running in this very thread")
 
     def _check_open(self) -> None:
         if self._why_closed is not None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -402,3 +406,44 @@ def test_hello_says_who_calls(socket_path: Path) -> None:
     with Listening(socket_path), vswap.connect(socket_path, label="probe"):
         assert json.loads(said[0])["client"] == f"probe {os.getpid()}"
     assert HELLO["version"] == 1
+
+
+def interrupted_at(moment: int, space: vswap.Space) -> bool:
+    """Load a page; KeyboardInterrupt where signals are looked at for the nth time. Whether it hit.
+
+    That is where functions begin, and behind calls of what is written in C.
+    """
+    seen = 0
+
+    def strike(frame: FrameType, event: str, _: object) -> None:
+        nonlocal seen
+        ours = "/vswap/" in frame.f_code.co_filename
+        seen += ours and event in {"call", "c_return"}
+        if ours and seen == moment:
+            seen += 1
+            raise KeyboardInterrupt
+
+    sys.setprofile(strike)
+    try:
+        space.load([1])
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+def test_no_interrupt_leaves_the_connection_locked(fake: FakeDaemon) -> None:
+    """Wherever in a call it strikes: the next one succeeds, or says why it cannot."""
+    fake.pages[1] = bytes(PAGE_BYTES)
+    for moment in itertools.count(1):
+        space = vswap.connect(fake.path, timeout=30)
+        hit = interrupted_at(moment, space)
+        assert space._connection._lock.acquire(timeout=1), f"locked by moment {moment}"
+        space._connection._lock.release()
+        with contextlib.suppress(vswap.ConnectionLost):
+            space.ping()
+        space.close()
+        if not hit:
+            break
+    assert moment > 10

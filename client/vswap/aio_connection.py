@@ -24,8 +24,8 @@ from vswap.aio_lane import AsyncLane, open_async
 from vswap.errors import (
     Broken,
     ConnectionLost,
-    ConnectionRefused,
     NoDaemon,
+    OutOfService,
     SpaceBusy,
     Stopping,
     TimedOut,
@@ -341,7 +341,8 @@ class AsyncConnection:
         """The lane to a shard; None: none is to be had, and none is needed.
 
         Raises:
-            ConnectionRefused, NoDaemon, ConnectionLost: as it may happen, and one is needed.
+            ConnectionRefused, NoDaemon, ConnectionLost, OutOfService: as it may happen, and one is
+                needed.
         """
         lane = self._lanes.get(shard)
         if lane is not None:
@@ -351,7 +352,7 @@ class AsyncConnection:
             return None
         try:
             lane = await self._open_lane(shard)
-        except (ConnectionRefused, ConnectionLost, NoDaemon):
+        except (ConnectionLost, OutOfService):
             self._refused_at[shard] = self._loop.time()
             if needed:
                 raise

@@ -28,7 +28,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vswap.errors import Broken, ConnectionLost, ConnectionRefused, NoDaemon, Stopping
+from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping
 
 if TYPE_CHECKING:
     from vswap.lane import Lane
@@ -179,14 +179,15 @@ class Connection:
         """A new lane; None: none is to be had, and none is needed.
 
         Raises:
-            ConnectionRefused, NoDaemon, ConnectionLost: as it may happen, and one is needed.
+            ConnectionRefused, NoDaemon, ConnectionLost, OutOfService: as it may happen, and one is
+                needed.
         """
         refused_at = self._refused_at.get(shard)
         if not needed and refused_at is not None and time.monotonic() < refused_at + _REFUSED_S:
             return None
         try:
             lane = self._open_lane(shard)
-        except (ConnectionRefused, ConnectionLost, NoDaemon):
+        except (ConnectionLost, OutOfService):
             self._refused_at[shard] = time.monotonic()
             if needed:
                 raise

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -316,3 +317,26 @@ def test_a_client_does_not_come_back_to_what_the_next_has_had() -> None:
                     break
         with pytest.raises(vswap.SpaceLost):
             idle.load(slots)
+
+
+def test_a_shard_that_takes_no_more_names_is_done_without() -> None:
+    """A store that any shard could take goes to the space's own one, for threads and tasks."""
+
+    async def store(path: Path, name: str) -> None:
+        async with vswap.aio.connect(path, name=name) as space:
+            slots = await space.store(noise(1000))
+            assert await space.load(slots) == noise(1000)
+
+    with running_daemon("server.shards=2", "server.max_named_spaces=1") as daemon:
+        # The shard that a name leads to is a matter of its checksum.
+        homes: dict[int, str] = {}
+        for number in range(20):
+            homes.setdefault(crc32(f"cache {number}".encode()) % 2, f"cache {number}")
+        with (
+            vswap.connect(daemon.socket_path, name=homes[0]),
+            vswap.connect(daemon.socket_path, name=homes[1]) as space,
+        ):
+            slots = space.store(noise(1000))
+            assert space.load(slots) == noise(1000)
+            space.free(slots)
+        asyncio.run(store(daemon.socket_path, homes[1]))

@@ -20,6 +20,7 @@ This module must not know what the calls mean.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import threading
@@ -127,11 +128,22 @@ class Connection:
             except (Broken, Stopping) as error:
                 if self._resume is None:
                     raise
+                self._hear_others()
                 for lane in self._lanes.values():
                     if lane.broken:
                         self._resume(lane, error)
             else:
                 return
+
+    def _hear_others(self) -> None:
+        """Have all lanes answered before one is taken up again, for which the daemon is waited for.
+
+        One that stops waits for us, too: until we have read what its other shards have to say.
+        """
+        for lane in self._lanes.values():
+            if not lane.broken:
+                with contextlib.suppress(Broken, Stopping):
+                    lane.settle()
 
     def _look_at_others(self) -> None:
         """Take up lanes that have ended meanwhile; between calls nothing else can come on them."""

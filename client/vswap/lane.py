@@ -215,6 +215,16 @@ class Lane:
             if self._arrived(count):
                 return
 
+    def settle(self) -> None:
+        """Wait until all is answered that was asked; nothing more is.
+
+        Raises:
+            ConnectionLost, ProtocolError: as `exchange`.
+        """
+        self._send(self._outgoing)
+        while not self.conversation.idle:
+            self._read_reply()
+
     def _send_some(self, buffers: list[View]) -> bool:
         """Send as much as the socket takes; `buffers` is what is left. False: it takes no more."""
         while buffers:

@@ -492,6 +492,32 @@ def test_a_lane_is_opened_to_a_daemon_that_is_away() -> None:
                 space.load(slots)
 
 
+def test_a_restart_does_not_wait_for_clients_that_wait_for_it() -> None:
+    """A call over several lanes that hears of the end on one of them still reads the others."""
+    with (
+        service("server.shards=3", "pool.max=64M") as manager,
+        vswap.connect(manager.socket_path) as space,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        content = noise(6000)
+        slots = space.store(content)
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.is_set():
+                assert space.load(slots) == content
+
+        working = pool.submit(work)
+        try:
+            for _ in range(6):
+                began = time.monotonic()
+                manager.restart()
+                assert time.monotonic() - began < 10
+        finally:
+            over.set()
+        working.result()
+
+
 def test_a_client_that_makes_calls_keeps_what_it_has_on_all_shards() -> None:
     """Also on those that no call has needed since the daemon died, or they alone did."""
     settings = ("server.shards=3", "pool.max=32M", "server.resume_timeout=2s")

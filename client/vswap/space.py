@@ -60,7 +60,9 @@ def connect(
         timeout: Seconds of silence after which a daemon that is there is given up, and the
             connection closed; None: wait for ever.
         name: Of a space that outlives this client: its pages stay, and whoever of the same user
-            connects with the name again has them (see `Space.slots`), one client at a time.
+            connects with the name again has them (see `Space.slots`), one client at a time. Among
+            them may be parts of a store of more than one frame that did not return, since its
+            client was killed or interrupted: free what nobody knows.
             Default: the space has none, and ends with the connection.
         label: How the daemon's status names this client. Default: the program's name.
         window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or

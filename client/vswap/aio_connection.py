@@ -39,6 +39,7 @@ from vswap.greeting import (
     LONGEST_PAUSE_S,
     check_patience,
     check_same,
+    forgo,
     not_back,
 )
 from vswap.peer import Peer, hello, parse_hello
@@ -78,7 +79,8 @@ async def open_connection(
         found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept, name
     )
     resume = door.resume if patience_s else None
-    connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume)
+    forgo = door.forgo if patience_s and not name else None
+    connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume, forgo)
     return connection, peer, window
 
 
@@ -99,6 +101,10 @@ class _Door:
     """Whether a daemon that stops will know the space when it is back."""
     name: str | None
     """The space's, if it has one."""
+
+    def forgo(self, shard: int) -> None:
+        """See `greeting.forgo`."""
+        forgo(self.path, self.client, shard, self.token)
 
     async def open_lane(self, shard: int) -> AsyncLane:
         """A lane to another shard; a daemon that is away is waited for.
@@ -250,6 +256,7 @@ class AsyncConnection:
             None: wait for ever.
         open_lane: Makes a lane to another shard.
         resume: Finds an interrupted lane its daemon again; None: nobody keeps what that held.
+        forgo: As for `vswap.connection.Connection`.
     """
 
     def __init__(
@@ -259,6 +266,7 @@ class AsyncConnection:
         timeout: float | None,
         open_lane: Callable[[int], Awaitable[AsyncLane]],
         resume: Callable[[AsyncLane, VswapError], Awaitable[Peer]] | None = None,
+        forgo: Callable[[int], None] | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._home = home
@@ -266,6 +274,7 @@ class AsyncConnection:
         self._timeout = timeout
         self._open_lane = open_lane
         self._resume = resume
+        self._forgo = forgo
         self._returning: dict[int, asyncio.Task[None]] = {}
         """By shard: who waits for it to come back."""
         self._why_closed: str | None = None
@@ -462,8 +471,10 @@ class AsyncConnection:
         for task in self._returning.values():
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
-        for lane in self._lanes.values():
+        for shard, lane in self._lanes.items():
             lane.close()
+            if shard in self._returning and self._forgo is not None:
+                self._forgo(shard)
         self._routes.clear()
         waiting, self._waiting = self._waiting, {}
         first = True

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping
+from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping, VswapError
 
 if TYPE_CHECKING:
     from vswap.lane import Lane
@@ -52,6 +52,8 @@ class Connection:
             None: wait for ever.
         open_lane: Makes a lane to another shard.
         resume: Takes a broken lane up again where it was; None: nobody keeps what the daemon held.
+        forgo: Has freed what a shard that has died still keeps; None: that is not for this client
+            to say, or nobody keeps it.
     """
 
     def __init__(
@@ -61,12 +63,14 @@ class Connection:
         timeout: float | None,
         open_lane: Callable[[int], Lane],
         resume: Callable[[Lane, ConnectionLost], None] | None = None,
+        forgo: Callable[[int], None] | None = None,
     ) -> None:
         self._home = home
         self._shards = shards
         self._timeout = timeout
         self._open_lane = open_lane
         self._resume = resume
+        self._forgo = forgo
         self._lanes: dict[int, Lane] = {home.shard: home}
         self._refused_at: dict[int, float] = {}
         self._looked_at = time.monotonic()
@@ -84,6 +88,11 @@ class Connection:
         """Close it; the daemon then frees the space. A call in another thread is waited for."""
         self._refuse_within()
         with self._lock:
+            if self._forgo is not None and self._why_closed is None:
+                for lane in self._lanes.values():
+                    # One that has died since the last call is not known to have.
+                    with contextlib.suppress(VswapError):
+                        lane.pull()
             self._shut(why)
 
     def run(self, call: Call) -> None:
@@ -176,6 +185,8 @@ class Connection:
             self._why_closed = why
             for lane in self._lanes.values():
                 lane.close()
+                if lane.broken and self._forgo is not None:
+                    self._forgo(lane.shard)
 
     # Lanes
 
@@ -243,6 +254,7 @@ def _leave_to_the_parent() -> None:
     for connection in list(_open_connections):
         connection._lock = threading.Lock()  # noqa: SLF001 - another thread of the parent may hold it
         connection._owner = None  # noqa: SLF001
+        connection._forgo = None  # noqa: SLF001 - it is the parent's
         connection._shut("it belongs to the process that this one was forked from")  # noqa: SLF001
 
 

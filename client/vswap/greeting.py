@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from vswap.address import client_name, open_socket
 from vswap.connection import Connection
+from vswap.conversation import Conversation
 from vswap.errors import (
     Broken,
     ConnectionLost,
@@ -74,7 +76,8 @@ def greet(
     patience = patience if peer.resumable and not control else 0.0
     door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)
     resume = door.resume if patience else None
-    return Connection(home, peer.shards, timeout, door.open_lane, resume), peer, shared
+    forgo = door.forgo if patience and not name else None
+    return Connection(home, peer.shards, timeout, door.open_lane, resume, forgo), peer, shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,10 @@ class _Door:
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
+    def forgo(self, shard: int) -> None:
+        """See `forgo`."""
+        forgo(self.path, self.client, shard, self.token)
+
     def _take_up(self, lane: Lane, patience: float) -> None:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
@@ -203,6 +210,20 @@ def _lane(
         lane.conversation.window = peer.window
         undo.pop_all()
     return lane, peer, found, window_of(descriptor, peer.window_bytes, peer.shard)
+
+
+def forgo(path: Path, client: str, shard: int, token: str | None) -> None:
+    """Have freed what a space has on a shard that has died: by coming back for it, and going again.
+
+    Whoever listens for the daemon, a service manager for instance that is about to start it, has
+    both found by it when it is back. Where nobody listens it is freed when this process ends.
+    """
+    frame = Conversation().request(hello(client, shard=shard, token=token, resume=True), shard)
+    assert frame is not None
+    with contextlib.suppress(NoDaemon, OSError):
+        sock, _ = open_socket(path, FIRST_PAUSE_S)
+        with sock:
+            sock.sendmsg(frame, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def check_same(there: Peer, shard: int) -> None:

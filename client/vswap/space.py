@@ -69,8 +69,8 @@ def connect(
             none. 0: none is asked for.
         patience: Seconds for which a daemon that has died is waited for, whatever `timeout` is.
             Where a service manager keeps its memory, calls go on afterwards as if nothing had
-            happened. Only calls notice: a space without a name whose client makes none for the
-            daemon's `server.resume_timeout` (a minute) after it is back is freed.
+            happened. Only calls notice; the space is kept for this process meanwhile, however
+            long it makes none.
 
     Raises:
         ValueError: `timeout`, `window` or `patience` make no sense.

@@ -26,7 +26,7 @@ import numpy as np
 
 from vswapd.answers import Answers
 from vswapd.errors import ArgumentError, OutOfServiceError
-from vswapd.groups import Space
+from vswapd.groups import Holder, Space
 from vswapd.memory import (
     DEVICE_BYTES,
     MOST_SPACES,
@@ -40,9 +40,9 @@ from vswapd_backends.base import I64
 _NOTHING: Final = 0
 _IN_USE: Final = 1
 _CLOSING: Final = 2
-_SPACE: Final = struct.Struct("<QQIIIId")
-_PID: Final = struct.Struct("<I")
-_PID_AT: Final = struct.calcsize("<QQII")
+_SPACE: Final = struct.Struct("<QQIIIxxxxdQQI")
+_HOLDER: Final = struct.Struct("<QQI")
+_HOLDER_AT: Final = struct.calcsize("<QQIIIxxxxd")
 _DEVICE: Final = struct.Struct("<QqQQI16s")
 _LENGTH: Final = struct.Struct("<H")
 _SETTINGS: Final = struct.Struct("<II")
@@ -61,7 +61,7 @@ class KeptSpace:
     id: int
     group: int
     uid: int
-    pid: int
+    holder: Holder
     joined: bool
     opened_at: float
     key: str
@@ -146,17 +146,18 @@ class Control:
             space.id,
             space.group.index,
             space.uid,
-            space.pid,
             space.joined,
             space.opened_at,
+            *_fields(space.holder),
         )
         _write(self._spaces, record * SPACE_BYTES, fixed, key, client, name)
         self._mark_space(record, _IN_USE)
         space.record = record
 
     def attach_space(self, space: Space) -> None:
-        """Keep that a space has another process now."""
-        _PID.pack_into(self._spaces, space.record * SPACE_BYTES + _PID_AT, space.pid)
+        """Keep that a space has another holder now."""
+        at = space.record * SPACE_BYTES + _HOLDER_AT
+        _HOLDER.pack_into(self._spaces, at, *_fields(space.holder))
 
     def closing_space(self, space: Space) -> None:
         """From now on the space is not found again; what it holds is still being freed."""
@@ -182,13 +183,14 @@ class Control:
 
     def _space(self, record: int) -> KeptSpace:
         at = record * SPACE_BYTES
-        _, number, group, uid, pid, joined, opened_at = _SPACE.unpack_from(self._spaces, at)
+        _, number, group, uid, joined, opened_at, *held = _SPACE.unpack_from(self._spaces, at)
+        token, started, pid = held
         key, client, name = _texts(self._spaces, at + _SPACE.size, 3)
         return KeptSpace(
             id=number,
             group=group,
             uid=uid,
-            pid=pid,
+            holder=Holder(pid=pid, started=started, token=token),
             joined=bool(joined),
             opened_at=opened_at,
             key=key.decode(),
@@ -283,6 +285,10 @@ class Control:
         encoded = bytes(self._settings[begin : begin + length])
         assert zlib.crc32(encoded) == check
         return encoded.decode()
+
+
+def _fields(holder: Holder) -> tuple[int, int, int]:
+    return holder.token, holder.started, holder.pid
 
 
 def _id(space: KeptSpace) -> int:

@@ -70,6 +70,21 @@ class Group:
             self.ledger.enter(self.columns[1], self.device_bytes + self.device_pending)
 
 
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whoever has a space, or had it last."""
+
+    pid: int = 0
+    """The client's process; 0: it cannot be seen from here."""
+    started: int = 0
+    """What tells that process from another one of its number; 0: that is not known."""
+    token: int = 0
+    """What tells it from other clients of its user, of 64 bits: by it, it is known again."""
+
+
+NOBODY: Final = Holder()
+
+
 @dataclass(slots=True)
 class Space:
     """One client's slots."""
@@ -78,7 +93,7 @@ class Space:
     """Unique in a daemon's life, from 1; what clusters call their owner."""
     group: Group
     client: str
-    pid: int
+    holder: Holder
     uid: int
     opened_at: float
     slots: SlotSet
@@ -100,8 +115,6 @@ class Space:
     """Whether a client is connected to it."""
     since: float = 0.0
     """The clock's time at which that became so."""
-    inherited: bool = False
-    """Whether no client has had it since another process left it."""
 
 
 def refuse_closed(space: Space) -> None:

@@ -13,6 +13,10 @@ from typing import Final, Self
 
 _UCRED: Final = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
+_ENDED: Final = "ZXx"
+"""States of a process that is only waited for, if that."""
+_STARTED: Final = 19
+"""Field 22 of /proc/PID/stat, counted from the state on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +39,11 @@ class Peer:
         return cls(uid=uid, pid=pid)
 
     @property
+    def started(self) -> int:
+        """When its process started; see `started`."""
+        return started(self.pid)
+
+    @property
     def name(self) -> str:
         """Program and process id: what it is called that does not say it itself."""
         try:
@@ -42,3 +51,17 @@ class Peer:
         except OSError:
             return f"pid {self.pid}"  # hidden from us, or gone by now
         return f"{program} {self.pid}"
+
+
+def started(pid: int) -> int:
+    """When a process started, in clock ticks since the machine did; 0: it has ended, or is hidden.
+
+    With it a process is told from another one that was given its number later. See proc(5).
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return 0
+    # The name stands in parentheses and may hold anything; the state is the first field behind it.
+    fields = text.rpartition(")")[2].split()
+    return 0 if fields[0] in _ENDED else int(fields[_STARTED])

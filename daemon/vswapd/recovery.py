@@ -150,7 +150,7 @@ def _spaces(core: Core) -> dict[int, Space]:
             id=kept.id,
             group=groups[kept.group],
             client=kept.client,
-            pid=kept.pid,
+            holder=kept.holder,
             uid=kept.uid,
             opened_at=kept.opened_at,
             slots=SlotSet(kept.id),
@@ -160,7 +160,6 @@ def _spaces(core: Core) -> dict[int, Space]:
             record=kept.record,
             attached=False,
             since=now,
-            inherited=True,
         )
         space.group.spaces += not space.joined
         found[space.id] = space

@@ -45,7 +45,7 @@ from vswapd.compressor import Compressor
 from vswapd.control import MOST_NAME
 from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError, NotAllowedError, OutOfServiceError
-from vswapd.groups import Space
+from vswapd.groups import Holder, Space
 from vswapd.peer import Peer
 from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
@@ -231,13 +231,14 @@ class Session:
             # Another user's space is another one, whatever token or name they say.
             of = f"{self.peer.uid} {token}" if named is None else f"{self.peer.uid} is {named}"
             key = blake2b(of.encode(), digest_size=16).hexdigest()
+            holder = self._holder(token)
             if resumes:
-                self.space = self._context.engine.reopen_space(key, pid=self.peer.pid)
+                self.space = self._context.engine.reopen_space(key, holder=holder)
                 if self.space is None:
                     return failure(header, Status.SPACE_LOST, "the space is not here any more")
                 last = self._context.engine.last_answer(self.space)
             else:
-                self.space = self._open(name, key, named or "")
+                self.space = self._open(name, key, named or "", holder)
                 if self.space is None:
                     return failure(header, Status.SPACE_BUSY, f"{named} is in use")
             self.window = _window(size)
@@ -264,7 +265,11 @@ class Session:
         return reply
         yield
 
-    def _open(self, client: str, key: str, name: str) -> Space | None:
+    def _holder(self, token: str) -> Holder:
+        digest = blake2b(token.encode(), digest_size=8, person=b"vswap holder").digest()
+        return Holder(self.peer.pid, self.peer.started, int.from_bytes(digest, "little"))
+
+    def _open(self, client: str, key: str, name: str, holder: Holder) -> Space | None:
         """A space for this connection; None: the one of that name is another's at the moment.
 
         Raises:
@@ -278,7 +283,7 @@ class Session:
             found.client = client
             # Who comes now has asked for nothing yet, and gives its requests the same numbers.
             engine.forget_answer(found)
-            return engine.reopen_space(key, number=found.id, pid=self.peer.pid)
+            return engine.reopen_space(key, number=found.id, holder=holder)
         most = self._context.limits.max_named_spaces
         if name and engine.named_spaces(self.peer.uid) >= most:
             raise OutOfServiceError(
@@ -289,7 +294,7 @@ class Session:
             uid=self.peer.uid,
             group=str(self.peer.uid),
             client=client,
-            pid=self.peer.pid,
+            holder=holder,
             key=key,
             joined=self.joined,
             name=name,

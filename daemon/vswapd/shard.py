@@ -29,13 +29,13 @@ from vswapd.config import Config
 from vswapd.control import KeptDevice
 from vswapd.driver import Driver, Pending, T, Task
 from vswapd.free_memory import FreeMemory
-from vswapd.groups import Space
+from vswapd.groups import Holder, Space
 from vswapd.host import Host
 from vswapd.idleness import Busy
 from vswapd.ledger import Ledger
 from vswapd.lost_device import LostDevice
 from vswapd.memory import ShardMemory
-from vswapd.peer import Peer
+from vswapd.peer import Peer, started
 from vswapd.server import Server
 from vswapd.session import Context, Limits, Session
 from vswapd.settings import Settings
@@ -48,6 +48,8 @@ from vswapd_blockdev.extents import ExtentMap
 _LOG: Final = logging.getLogger(__name__)
 _PATIENCE_S: Final = 30.0
 """Seconds that requests under way are given to end when the daemon stops."""
+_LOOK_S: Final = 1.0
+"""Between two looks at whether processes still live that may come back for their spaces."""
 _SWITCH_S: Final = 0.0001
 """Seconds after which a thread must let another run: the shrinker's Python is not to hold the event
 loop up for the default of 5 ms. A request may have to wait for it three times: when it is noticed,
@@ -80,6 +82,11 @@ class Kept:
     """Opens devices that were in use; None: nothing is kept in the memory yet."""
     beyond_daemon: bool = False
     """Whether it is there for the next daemon, too."""
+
+
+def _lives(holder: Holder) -> bool:
+    """Whether it is known that a client's process has not ended."""
+    return holder.started > 0 and started(holder.pid) == holder.started
 
 
 def _engine(
@@ -221,7 +228,11 @@ class Shard:
         made.push_async_callback(self.server.stop, _PATIENCE_S)
 
     async def _free_orphans(self) -> None:
-        """Free the spaces that nobody has come back for in time; ends when there are none."""
+        """Free the spaces that nobody has come back for in time; ends when there are none.
+
+        A client that makes no calls does not know that the daemon has died: as long as its process
+        lives, it may come back.
+        """
         while True:
             with self.driver.lock:
                 # One that is named is kept for whoever asks for it.
@@ -229,11 +240,13 @@ class Shard:
             if not orphans:
                 return
             left = orphans[0].since + self._resume_timeout - clock()
-            if left > 0:
-                await asyncio.sleep(left)
-                continue
-            _LOG.info("space %d of %s is freed: nobody came back", orphans[0].id, orphans[0].client)
-            await self.drive(self._close_orphan(orphans[0]))
+            late = [space for space in orphans if space.since + self._resume_timeout <= clock()]
+            gone = next((space for space in late if not _lives(space.holder)), None)
+            if gone is not None:
+                _LOG.info("space %d of %s is freed: nobody came back", gone.id, gone.client)
+                await self.drive(self._close_orphan(gone))
+            else:
+                await asyncio.sleep(left if left > 0 else _LOOK_S)
 
     def _close_orphan(self, space: Space) -> Task[None]:
         if not space.attached:  # nobody has come at the last moment

@@ -191,7 +191,7 @@ def take(core: Core, shrinker: Shrinker) -> Snapshot:
             SpaceState(
                 id=space.id,
                 client=space.client,
-                pid=space.pid,
+                pid=space.holder.pid,
                 uid=space.uid,
                 group=space.group.name,
                 slots=space.slots.slots,

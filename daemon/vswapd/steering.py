@@ -324,7 +324,9 @@ class Steering:
             raise ArgumentError(f"users {users} have a space {name!r}: say whose (uid)")
         for space in named:
             if space.attached:
-                raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
+                raise OutOfServiceError(
+                    f"{name!r} is in use by pid {space.holder.pid}: end that first"
+                )
         slots = sum(space.slots.slots for space in named)
         for space in named:
             yield from self._engine.close_space(space)

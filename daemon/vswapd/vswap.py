@@ -37,7 +37,7 @@ from vswapd.errors import (
 )
 from vswapd.fallback import Fallback
 from vswapd.folio import Folio, prepare
-from vswapd.groups import Space, refuse_closed
+from vswapd.groups import NOBODY, Holder, Space, refuse_closed
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
 from vswapd.memory import Shape, ShardMemory
@@ -170,7 +170,7 @@ class Engine:
         uid: int,
         group: str,
         client: str = "",
-        pid: int = 0,
+        holder: Holder = NOBODY,
         key: str = "",
         joined: bool = False,
         name: str = "",
@@ -181,7 +181,7 @@ class Engine:
             uid: whose it is.
             group: what its pages are charged to.
             client: what it is called.
-            pid: the client's process.
+            holder: who the client is.
             key: what tells the parts of a space on several shards to be one.
             joined: whether this is a part that came after the first.
             name: of a space that is to outlive its client; empty: it has none.
@@ -198,7 +198,7 @@ class Engine:
             id=number,
             group=group_of,
             client=client,
-            pid=pid,
+            holder=holder,
             uid=uid,
             opened_at=self.core.clock(),
             slots=SlotSet(number),
@@ -222,23 +222,26 @@ class Engine:
         found = (space for space in self.core.spaces.values() if not space.attached)
         return sorted(found, key=lambda space: space.since)
 
-    def reopen_space(self, key: str, *, number: int | None = None, pid: int = 0) -> Space | None:
+    def reopen_space(
+        self, key: str, *, number: int | None = None, holder: Holder = NOBODY
+    ) -> Space | None:
         """The space that a client which has come back asks for; None: there is none.
 
         Args:
             key: what it was opened with; not empty.
             number: its id, of a space that has several parts on this shard, or that anybody may
-                have who is its user. None: any of them that nobody has had in this process, since
-                whoever had one and went has ended it for all earlier clients.
-            pid: the client's process now.
+                have who is its user. None: any of them that nobody with another token has had
+                meanwhile, since that has ended it for all earlier clients.
+            holder: who the client is now.
         """
         for space in self.orphans():
-            wanted = space.inherited if number is None else space.id == number
-            if wanted and space.key == key and not space.closed:
+            known, wanted = (
+                (space.holder.token, holder.token) if number is None else (space.id, number)
+            )
+            if known == wanted and space.key == key and not space.closed:
                 space.attached = True
-                space.inherited = False
                 space.since = self.core.clock()
-                space.pid = pid
+                space.holder = holder
                 self.core.control.attach_space(space)
                 return space
         return None

@@ -16,7 +16,7 @@ from vswapd.errors import (
     PageLostError,
     SwapoffError,
 )
-from vswapd.groups import Space
+from vswapd.groups import Holder, Space
 from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.memory import Head, ShardMemory
 from vswapd.recovery import RecoveryError, Reopen
@@ -29,6 +29,8 @@ from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 from vswapd_blockdev.sealed import SealedDevice, new_key
 from vswapd_blockdev.swapfile import SwapFile
+
+HOLDER = Holder(pid=77, started=1 << 40, token=(1 << 64) - 5)
 
 
 def _next(rig: Rig, reopen: Reopen | None = None, **changes: int) -> Engine:
@@ -60,13 +62,19 @@ def test_a_space_comes_back_with_all_that_is_known_of_it() -> None:
     rig = make_engine()
     rig.clock.advance(5)
     space = rig.engine.open_space(
-        uid=1000, group="1000", client="größe", pid=77, key="ab" * 16, name="cache", joined=True
+        uid=1000,
+        group="1000",
+        client="größe",
+        holder=HOLDER,
+        key="ab" * 16,
+        name="cache",
+        joined=True,
     )
     rig.clock.advance(60)
     rig.recover()
     (found,) = rig.engine.orphans()
     assert found is not space
-    assert (found.id, found.uid, found.group.name, found.pid) == (space.id, 1000, "1000", 77)
+    assert (found.id, found.uid, found.group.name, found.holder) == (space.id, 1000, "1000", HOLDER)
     assert (found.client, found.key, found.name) == ("größe", "ab" * 16, "cache")
     assert (found.joined, found.group.spaces) == (True, 0)
     assert (found.opened_at, found.since) == (1005.0, 1065.0)
@@ -81,14 +89,29 @@ def test_a_space_is_opened_again_by_its_key() -> None:
     rig.engine.open_space(uid=0, group="0", key=other)
     rig.recover()
     assert rig.engine.reopen_space("c" * 32) is None
-    space = rig.engine.reopen_space(key, pid=99)
+    another = Holder(99, 5)
+    space = rig.engine.reopen_space(key, holder=another)
     assert space is not None
-    assert (space.attached, space.pid) == (True, 99)
+    assert (space.attached, space.holder) == (True, another)
     assert rig.load(space, slots) == pages_of("text", 5)
     assert rig.engine.reopen_space(key) is None
     assert [orphan.key for orphan in rig.engine.orphans()] == [other]
     rig.recover()
-    assert {orphan.key: orphan.pid for orphan in rig.engine.orphans()} == {key: 99, other: 0}
+    found = {orphan.key: orphan.holder for orphan in rig.engine.orphans()}
+    assert found == {key: another, other: Holder()}
+
+
+def test_what_another_client_has_had_is_not_opened_again_by_the_one_before() -> None:
+    """By its name it is anybody's of that user; by its token the last holder's, after kills, too."""
+    rig = make_engine()
+    first, second = Holder(1, 2, 3 << 60), Holder(4, 5, (1 << 64) - 1)
+    space = rig.engine.open_space(uid=0, group="0", key="k", name="cache", holder=first)
+    rig.recover()
+    assert rig.engine.reopen_space("k", number=space.id, holder=second) is not None
+    rig.recover()
+    assert rig.engine.reopen_space("k", holder=first) is None
+    rig.recover()
+    assert rig.engine.reopen_space("k", holder=second) is not None
 
 
 def test_parts_of_one_space_are_told_apart_by_number() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import pytest
 import vswap
 import vswap.aio
 from support.daemon import running_daemon
+from support.mortal import mortal
 from support.service_manager import ServiceManager, service
 from support.wire import HELLO, SPACE_LOST, Wire
 from vswap.control import Control
@@ -231,9 +235,7 @@ def test_a_device_that_is_gone_loses_its_pages_alone(
 def test_spaces_that_nobody_comes_back_for_are_freed() -> None:
     """After resume_timeout; a client that died with the daemon leaves nothing behind."""
     with service("server.shards=2", "server.resume_timeout=200ms") as manager:
-        with Wire(manager.socket_path) as wire:
-            token = wire.hello(shard=1)["token"]
-            assert wire.store(noise(5)).status == 0
+        with mortal(manager.socket_path, noise(5), shard=1) as token:
             manager.kill()
         manager.start()
         with connected(manager) as other:
@@ -532,6 +534,108 @@ def test_a_client_that_makes_calls_keeps_what_it_has_on_all_shards() -> None:
                 # Longer than the daemon waits for anybody.
                 assert space.load(few) == noise(1, 1)
             assert space.load(slots) == content
+
+
+def _idle(path: Path, pipe: Connection) -> None:
+    """A client that stores, and makes no call until it is asked to."""
+    with vswap.connect(path) as space:
+        content = noise(100, os.getpid())
+        slots = space.store(content)
+        pipe.send(os.getpid())
+        pipe.recv()
+        pipe.send(space.load(slots) == content)
+        pipe.recv()
+
+
+@contextlib.contextmanager
+def idle_clients(
+    manager: ServiceManager, count: int
+) -> Iterator[Sequence[tuple[BaseProcess, Connection]]]:
+    """So many, of 100 pages each, in processes of their own."""
+    fork = multiprocessing.get_context("fork")
+    clients = []
+    for _ in range(count):
+        ours, theirs = fork.Pipe()
+        process = fork.Process(target=_idle, args=(manager.socket_path, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        assert ours.recv() == process.pid
+        clients.append((process, ours))
+    try:
+        yield clients
+    finally:
+        for process, pipe in clients:
+            process.kill()
+            process.join()
+            pipe.close()
+
+
+def await_slots(manager: ServiceManager, count: int) -> None:
+    with Control(manager.socket_path, timeout=60) as control:
+        while control.status()["slots"]["allocated"] != count:
+            control.call("compact")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_who_makes_no_calls_loses_nothing_while_it_lives(shards: int) -> None:
+    """It does not know that the daemon has died: it is waited for as long as it is there."""
+    settings = (f"server.shards={shards}", "pool.max=32M", "server.resume_timeout=1s")
+    with service(*settings) as manager, idle_clients(manager, 3) as clients:
+        (dies, _), (idle, pipe), (dies_later, _) = clients
+        kill_all(manager)
+        dies.kill()
+        dies.join()
+        await_slots(manager, 200)  # so whoever does not come back has been waited for
+        kill_all(manager)
+        dies_later.kill()
+        await_slots(manager, 100)
+        pipe.send("load")
+        assert pipe.recv()
+        idle.kill()
+        await_slots(manager, 0)
+
+
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_who_closes_while_the_daemon_is_away_leaves_nothing(shards: int, *, back: bool) -> None:
+    """Though its process lives on: it is as if it had come back to close its space."""
+    settings = (f"server.shards={shards}", "pool.max=32M", "server.resume_timeout=1s")
+    with service(*settings) as manager:
+        with vswap.connect(manager.socket_path) as space:
+            space.store(noise(500))
+            manager.kill()
+            if back:
+                manager.start()
+        if not back:
+            manager.start()
+        await_slots(manager, 0)
+
+        async def scenario() -> None:
+            async with vswap.aio.connect(manager.socket_path) as space:
+                await space.store(noise(500))
+                manager.kill()
+                loading = asyncio.create_task(space.ping())
+                # The loop has seen it when the call waits for the daemon to come back.
+                while not space._connection._returning:  # noqa: ASYNC110 - there is no event
+                    await asyncio.sleep(0)
+            with pytest.raises(vswap.ConnectionLost):
+                await loading
+
+        asyncio.run(scenario())
+        manager.start()
+        await_slots(manager, 0)
+
+
+def test_who_gives_the_daemon_up_leaves_nothing() -> None:
+    """Its patience is over before the daemon is back."""
+    with service("server.shards=1", "pool.max=32M", "server.resume_timeout=1s") as manager:
+        space = vswap.connect(manager.socket_path, patience=0.05)
+        space.store(noise(50))
+        manager.kill()
+        with pytest.raises(vswap.ConnectionLost):
+            space.ping()
+        manager.start()
+        await_slots(manager, 0)
 
 
 def kill_all(manager: ServiceManager) -> None:

@@ -18,6 +18,7 @@ import pytest
 import vswap
 import vswap.aio
 from support.daemon import RunningDaemon, running_daemon
+from support.mortal import mortal
 from support.service_manager import service
 from support.wire import BAD_ARGUMENT, HELLO, SPACE_BUSY, Wire
 from vswap.control import Control
@@ -249,9 +250,7 @@ def test_names_outlive_the_daemon(shards: int) -> None:
             assert space.load(slots) == noise(500)
         manager.kill()
         manager.start()
-        with Wire(manager.socket_path) as nameless:
-            nameless.hello()
-            assert nameless.store(noise(5)).status == 0
+        with mortal(manager.socket_path, noise(5)):
             manager.kill()
         manager.start()
         with Control(manager.socket_path) as control:

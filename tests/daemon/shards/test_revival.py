@@ -21,6 +21,7 @@ import pytest
 
 import vswap
 from support.daemon import RunningDaemon, running_daemon
+from support.mortal import mortal
 from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
 from vswap.control import Control
 from vswapd.config_schema import Device
@@ -215,10 +216,11 @@ def test_a_setting_reaches_whoever_comes_after_a_shard_that_had_it() -> None:
 def test_a_client_that_does_not_come_back_is_forgotten() -> None:
     """After resume_timeout what nobody wants is freed; who comes later is told."""
     with running_daemon("server.shards=2", "server.resume_timeout=100ms") as daemon:
-        with Wire(daemon.socket_path) as wire:
-            token = wire.hello(shard=0)["token"]
-            assert wire.store(noise(5)).status == 0
-            kill_all(daemon)
+        with mortal(daemon.socket_path, noise(5), shard=0) as token:
+            os.kill(daemon.pid, signal.SIGSTOP)  # the end of its connection is not seen
+            for pid in shards_of(daemon):
+                os.kill(pid, signal.SIGKILL)
+        os.kill(daemon.pid, signal.SIGCONT)
         with vswap.connect(daemon.socket_path, timeout=30) as other:
             while other.status()["slots"]["allocated"]:
                 other.ping()

@@ -26,6 +26,7 @@ from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Shards
 from vswapd.control import Control, KeptDevice
 from vswapd.errors import OutOfServiceError
+from vswapd.forking import Child, fork_shards
 from vswapd.front import (
     Front,
     ServiceError,
@@ -42,7 +43,7 @@ from vswapd.shard import Kept, Shard
 from vswapd.shard_process import Birth
 from vswapd.sizes import human_size
 from vswapd.steering import Opened, Reloaded, with_set
-from vswapd.supervisor import Before, Child, Dealt, Supervisor, fork_shards
+from vswapd.supervisor import Before, Dealt, Supervisor
 from vswapd.swap_devices import Locked, adopt_device, open_alone, reopen_alone
 from vswapd.undumpable import be_undumpable
 from vswapd.vswap import run_time_settings, shape_for

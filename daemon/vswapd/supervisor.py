@@ -1,12 +1,10 @@
-"""Several shards as one daemon: who accepts, hands over, asks all, and adds up.
+"""Several shards as one daemon: who keeps them alive, asks all, and adds up.
 
-The supervisor stores no page. It owns the listening socket and the devices' locks, hands each
-connection to a shard (SCM_RIGHTS), and answers for all of them: status is added up, a verb is
-carried out by every shard, a setting holds in all or in none.
+The supervisor stores no page. It owns the listening socket and the devices' locks, has each
+connection handed to a shard (SCM_RIGHTS), and answers for all of them: status is added up, a verb
+is carried out by every shard, a setting holds in all or in none.
 
 Invariants:
-- Shards are forked before anything is started: they share what was loaded, and no thread, no lock.
-- A connection goes to the shard that its HELLO asks for, else to the one with the fewest.
 - A shard whose process dies is started again over the memory that it has left, which the supervisor
   has, too; one that dies again and again with pauses. Only one that cannot start ends the daemon.
 - A beat is told when every shard has told one since the last.
@@ -19,22 +17,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import gc
-import json
 import logging
 import os
 import signal
 import socket
-import warnings
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, NamedTuple, NoReturn, Protocol
-from zlib import crc32
+from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
-from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
-from vswapd import shard_process, status
+from vswapd import status
 from vswapd.acceptor import Acceptor
 from vswapd.arguments import Arguments
 from vswapd.channel import Channel, ChannelClosedError
@@ -46,6 +38,7 @@ from vswapd.errors import (
     NoSuchSpaceError,
     OutOfServiceError,
 )
+from vswapd.forking import Child, fork_again
 from vswapd.front import Front, ServiceError, Tally
 from vswapd.keeping import Keeping, KeepingError
 from vswapd.merge import merged
@@ -59,14 +52,11 @@ from vswapd.messages import (
     Operate,
     Parted,
     Ready,
-    Serve,
     ShardState,
     Stop,
     Tell,
 )
-from vswapd.peer import Peer
-from vswapd.places import Places
-from vswapd.server import Refusals
+from vswapd.reception import Reception
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
@@ -124,119 +114,6 @@ class Before:
     """What operators have set, by key."""
 
 
-@dataclass(slots=True)
-class Child:
-    """One shard, seen from outside."""
-
-    index: int
-    pid: int
-    sock: socket.socket
-    channel: Channel = field(init=False)
-    connections: int = 0
-    places: Counter[int] = field(default_factory=Counter)
-    """Of `connections` those that have taken places, by user."""
-    deaths: list[float] = field(default_factory=list)
-    """When its processes died, as far as it is not long ago."""
-    turn: int = 0
-    """When it was last given a connection: counted in connections of all."""
-    beaten: bool = False
-    ready: bool = False
-    """Whether its process has started."""
-    there: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while there is a process, and at the very end."""
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-def fork_shards(births: Sequence[Birth], unwanted: Sequence[int]) -> list[Child]:
-    """Make the shards' processes. Nothing may have been started in this one yet.
-
-    Args:
-        births: what each is made with.
-        unwanted: descriptors that shards are not to have: the listening sockets.
-    """
-    gc.collect()
-    # No collection shall write to what is shared.
-    gc.freeze()
-    children: list[Child] = []
-    for birth in births:
-        here, there = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            here.close()
-            for child in children:
-                child.sock.close()
-            for fd in unwanted:
-                os.close(fd)
-            _live(birth, there)
-        there.close()
-        children.append(Child(birth.index, pid, here))
-    return children
-
-
-def fork_again(birth: Birth) -> tuple[int, int, socket.socket]:
-    """Make a shard's process while this one is at work; returns id, pidfd, the channel's socket.
-
-    What this process has under way stays where it is in the child, and is never gone on with: the
-    child lives on top of it. All it has of it is memory; the descriptors are closed.
-
-    Raises:
-        OSError: the system has no process, memory or descriptor for it; none is left.
-    """
-    here, there = socket.socketpair()
-    gc.collect()
-    with there, contextlib.ExitStack() as undo:
-        undo.callback(here.close)
-        with warnings.catch_warnings():
-            # Threads that wait for work are left behind, with nothing that they hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
-        if pid == 0:
-            # Nothing of the parent's may be finalized here: its descriptors' numbers are others by
-            # now.
-            gc.freeze()
-            signal.set_wakeup_fd(-1)
-            _close_all_but({there.fileno(), *_inherited(birth)})
-            _live(birth, there)
-        undo.callback(_end, pid)
-        pidfd = os.pidfd_open(pid)
-        undo.pop_all()
-    return pid, pidfd, here
-
-
-def _end(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-
-
-def _live(birth: Birth, sock: socket.socket) -> NoReturn:
-    """A shard's whole life, in a process that was just made."""
-    code = 70  # EX_SOFTWARE: if what follows fails before it can say how
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            # They are for the supervisor, also where the whole group gets them.
-            signal.signal(number, signal.SIG_IGN)
-        code = shard_process.run(birth, sock)
-    except BaseException:  # noqa: BLE001 - it must not return into the supervisor's code
-        _LOG.exception("shard %d failed by a mistake of ours", birth.index)
-    finally:
-        logging.shutdown()
-        os._exit(code)
-
-
-def _inherited(birth: Birth) -> set[int]:
-    """The descriptors that a shard's process is to have of its parent's."""
-    devices = [fd for used in birth.devices for fd in (used.fd, used.owners_fd)]
-    return {0, 1, 2, birth.ledger.fd, *birth.memory.fds.values(), *devices}
-
-
-def _close_all_but(wanted: set[int]) -> None:
-    first = 0
-    for fd in [*sorted(wanted), os.sysconf("SC_OPEN_MAX")]:
-        if first < fd:  # an empty range that begins at 0 would be all of them
-            os.closerange(first, fd)
-        first = fd + 1
-
-
 class Supervisor:
     """A daemon's body that is several shards. Made inside a running event loop."""
 
@@ -273,13 +150,8 @@ class Supervisor:
         self._run_time = before.run_time
         self._changing = asyncio.Lock()
         """Configurations and devices change one after the other."""
-        keys = self._config.server
-        self._places: Final = Places(keys.max_connections, keys.max_user_connections)
-        self._silent: Final = Places(keys.max_connections, keys.max_user_connections)
-        """For connections that have not said HELLO yet."""
+        self._reception: Final = Reception(children, self._config.server, self._later)
         self._tally = Tally(0, 0, 0)
-        self._refusals: Final = Refusals()
-        self._turns = 0
         self._stopping = False
         self._serving = False
         """Whether all shards have started once."""
@@ -347,7 +219,7 @@ class Supervisor:
             child.pid,
             how,
         )
-        self._clear(child)
+        self._reception.clear(child)
         child.beaten = child.ready = False
         if len(child.deaths) > _MOST_DEATHS:
             self._later(self._revive_later(child))
@@ -428,10 +300,7 @@ class Supervisor:
                 if all(each.beaten for each in self._children):
                     self._all_beaten.set()
             case Parted(place):
-                child.connections -= 1
-                if place is not None:
-                    child.places[place] -= 1
-                    self._places.give(place)
+                self._reception.unseat(child, place)
             case Hungry():
                 for other in self._children:
                     if other is not child:
@@ -495,90 +364,17 @@ class Supervisor:
     def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
         """See front.Body."""
         for listener in listeners:
-            made.callback(Acceptor(listener, self._greet).close)
+            made.callback(Acceptor(listener, self._reception.greet).close)
         made.callback(self._give_up_waiting)
 
     def _give_up_waiting(self) -> None:
         for task in self._waiting:
             task.cancel()
 
-    def _greet(self, sock: socket.socket) -> None:
-        hello = _peek(sock)
-        if hello is not None:
-            self._hand_over(sock, hello)
-        elif why := self._silent.refusal(uid := Peer.of(sock).uid):
-            self._refusals.refuse(sock, why, self._loop.time())
-        else:
-            self._silent.take(uid)
-            self._later(self._wait_for_hello(sock, uid))
-
     def _later(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(work)
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
-
-    async def _wait_for_hello(self, sock: socket.socket, uid: int) -> None:
-        arrived = asyncio.Event()
-        self._loop.add_reader(sock, arrived.set)
-        try:
-            async with asyncio.timeout(_HELLO_S):
-                await arrived.wait()
-        except TimeoutError:
-            pass  # the shard has patience of its own
-        except asyncio.CancelledError:
-            self._loop.remove_reader(sock)
-            sock.close()
-            raise
-        finally:
-            self._silent.give(uid)
-        self._loop.remove_reader(sock)
-        self._hand_over(sock, _peek(sock) or b"")
-
-    def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
-        wish, joins, name = parse_wish(hello)
-        if wish is None and name is not None:
-            # Whoever asks for it comes to the same shard, which knows whether it is in use.
-            wish = crc32(name.encode(errors="replace")) % len(self._children)
-        uid = Peer.of(sock).uid
-        if not joins and (why := self._places.refusal(uid)):
-            self._refusals.refuse(sock, why, self._loop.time())
-            return
-        if wish is not None and 0 <= wish < len(self._children):
-            child = self._children[wish]
-        else:
-            # Of those with equally many, the one whose last has been there longest: it may be idle.
-            there = [each for each in self._children if each.there.is_set()] or self._children
-            child = min(there, key=lambda each: (each.connections, each.turn))
-        self._turns += 1
-        child.turn = self._turns
-        serve = Serve(None if joins else uid)
-        self._seat(child, serve.place)
-        if child.there.is_set():
-            with sock:
-                child.channel.tell(serve, [sock.fileno()])
-        else:
-            self._later(self._hand_over_later(sock, child, serve))
-
-    def _seat(self, child: Child, place: int | None) -> None:
-        """Count a connection that a shard gets; see Serve."""
-        child.connections += 1
-        if place is not None:
-            child.places[place] += 1
-            self._places.take(place)
-
-    def _clear(self, child: Child) -> None:
-        """Count the connections of a shard off that has died."""
-        for uid in child.places.elements():
-            self._places.give(uid)
-        child.places.clear()
-        child.connections = 0
-
-    @staticmethod
-    async def _hand_over_later(sock: socket.socket, child: Child, serve: Serve) -> None:
-        """To a shard that is being started again."""
-        with sock:
-            await child.there.wait()
-            child.channel.tell(serve, [sock.fileno()])
 
     # What operators see
 
@@ -816,35 +612,3 @@ class Supervisor:
             "reload": _reload,
         }
     )
-
-
-def _peek(sock: socket.socket) -> bytes | None:
-    """What has arrived on a connection, left there; None: nothing yet."""
-    try:
-        return sock.recv(_MOST_HELLO, socket.MSG_PEEK)
-    except (BlockingIOError, InterruptedError):
-        return None
-    except OSError:
-        return b""  # gone already: a shard will find out
-
-
-def parse_wish(hello: bytes) -> tuple[int | None, bool, str | None]:
-    """The shard that a HELLO asks for, if any; whether it joins a space; the space's name, if any.
-
-    What is no HELLO asks for nothing: what is wrong with it is for the shard to say.
-    """
-    if len(hello) < HEADER_BYTES:
-        return None, False, None
-    length, version, op, *_ = HEADER.unpack_from(hello)
-    if version != VERSION or op != Op.HELLO:
-        return None, False, None
-    try:
-        said = json.loads(hello[HEADER_BYTES:length])
-    except (ValueError, RecursionError):
-        return None, False, None
-    if not isinstance(said, dict):
-        return None, False, None
-    wish = said.get("shard")
-    shard = wish if isinstance(wish, int) and not isinstance(wish, bool) else None
-    name = said.get("name")
-    return shard, said.get("token") is not None, name if isinstance(name, str) else None

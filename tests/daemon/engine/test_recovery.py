@@ -102,7 +102,7 @@ def test_a_space_is_opened_again_by_its_key() -> None:
 
 
 def test_what_another_client_has_had_is_not_opened_again_by_the_one_before() -> None:
-    """By its name it is anybody's of that user; by its token the last holder's, after kills, too."""
+    """By its name it is anybody's of that user; by its token the last holder's, kills or not."""
     rig = make_engine()
     first, second = Holder(1, 2, 3 << 60), Holder(4, 5, (1 << 64) - 1)
     space = rig.engine.open_space(uid=0, group="0", key="k", name="cache", holder=first)

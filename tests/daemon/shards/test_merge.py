@@ -12,8 +12,8 @@ from support.engine import MIB, make_engine, pages_of
 from vswap.protocol import Flag, Op, pack_header
 from vswapd import status
 from vswapd.merge import merged
+from vswapd.reception import parse_wish
 from vswapd.snapshot import Snapshot
-from vswapd.supervisor import parse_wish
 
 
 def snapshots() -> list[Snapshot]:

@@ -24,11 +24,12 @@ from support.daemon import RunningDaemon, running_daemon
 from support.mortal import mortal
 from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
 from vswap.control import Control
-from vswapd.config_schema import Device
+from vswapd.config_schema import Device, Server
+from vswapd.forking import Child
 from vswapd.messages import Attach, Parted
-from vswapd.places import Places as ConnectionPlaces
+from vswapd.reception import Reception
 from vswapd.shard_process import ShardProcess
-from vswapd.supervisor import Child, Supervisor
+from vswapd.supervisor import Supervisor
 from vswapd.swap_table import CLUSTER_SLOTS, Tag, make_words
 from vswapd_backends.base import Places
 from vswapd_backends.shared_extents import owners_region
@@ -317,22 +318,22 @@ def test_the_last_words_of_a_shard_count_for_nothing(monkeypatch: pytest.MonkeyP
 
     async def scenario(sock: socket.socket) -> None:
         supervisor = Supervisor.__new__(Supervisor)
-        places = ConnectionPlaces(5, 5)
-        monkeypatch.setattr(supervisor, "_places", places, raising=False)
         child = Child(0, 100, sock)
+        reception = Reception([child], Server(), lambda work: work.close())
+        monkeypatch.setattr(supervisor, "_reception", reception, raising=False)
         child.there.set()
         handle = supervisor._handler(child)
         for _ in range(2):
-            supervisor._seat(child, 7)
+            reception.seat(child, 7)
         await handle(Parted(7), [])
-        assert (child.connections, child.places.total(), places.taken) == (1, 1, 1)
+        assert (child.connections, child.places.total(), reception.taken) == (1, 1, 1)
         child.there.clear()
-        supervisor._clear(child)
+        reception.clear(child)
         await handle(Parted(7), [])
         child.pid = 101
         child.there.set()
         await handle(Parted(7), [])
-        assert (child.connections, child.places.total(), places.taken) == (0, 0, 0)
+        assert (child.connections, child.places.total(), reception.taken) == (0, 0, 0)
 
     with socket.socket() as sock:
         asyncio.run(scenario(sock))

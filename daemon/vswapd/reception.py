@@ -1,0 +1,176 @@
+"""Where a daemon of several shards receives connections: who gets which, and who gets none.
+
+Invariants:
+- A connection goes to the shard that its HELLO asks for, else to the one with the fewest. HELLO is
+  looked at for that, and left where it is: what is wrong with it is for the shard to say.
+- Each that takes a place (see `places`) is counted once, and counted off once: when its shard says
+  that it has gone, or with its shard.
+- Who says nothing waits here for a moment, as one of few.
+
+This module must not know what is said after HELLO, or how shards come to be there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final
+from zlib import crc32
+
+from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
+from vswapd.config_schema import Server
+from vswapd.forking import Child
+from vswapd.messages import Serve
+from vswapd.peer import Peer
+from vswapd.places import Places
+from vswapd.server import Refusals
+
+_HELLO_S: Final = 1.0
+"""How long the first request of a connection is waited for before it is handed over without."""
+_MOST_HELLO: Final = 4096
+
+
+class Reception:
+    """Finds each connection its shard. Made inside a running event loop."""
+
+    def __init__(
+        self,
+        children: Sequence[Child],
+        keys: Server,
+        later: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        """Make it for these shards.
+
+        Args:
+            children: the shards, by their numbers.
+            keys: how many connections there may be.
+            later: has something done besides; given up when the daemon stops.
+        """
+        self._children: Final = children
+        self._later: Final = later
+        self._loop: Final = asyncio.get_running_loop()
+        self._places: Final = Places(keys.max_connections, keys.max_user_connections)
+        self._silent: Final = Places(keys.max_connections, keys.max_user_connections)
+        """For connections that have not said HELLO yet."""
+        self._refusals: Final = Refusals()
+        self._turns = 0
+
+    @property
+    def taken(self) -> int:
+        """Places that are taken."""
+        return self._places.taken
+
+    def greet(self, sock: socket.socket) -> None:
+        """Take a connection that was just accepted, and find it a shard."""
+        hello = _peek(sock)
+        if hello is not None:
+            self._hand_over(sock, hello)
+        elif why := self._silent.refusal(uid := Peer.of(sock).uid):
+            self._refusals.refuse(sock, why, self._loop.time())
+        else:
+            self._silent.take(uid)
+            self._later(self._wait_for_hello(sock, uid))
+
+    async def _wait_for_hello(self, sock: socket.socket, uid: int) -> None:
+        arrived = asyncio.Event()
+        self._loop.add_reader(sock, arrived.set)
+        try:
+            async with asyncio.timeout(_HELLO_S):
+                await arrived.wait()
+        except TimeoutError:
+            pass  # the shard has patience of its own
+        except asyncio.CancelledError:
+            self._loop.remove_reader(sock)
+            sock.close()
+            raise
+        finally:
+            self._silent.give(uid)
+        self._loop.remove_reader(sock)
+        self._hand_over(sock, _peek(sock) or b"")
+
+    def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
+        wish, joins, name = parse_wish(hello)
+        if wish is None and name is not None:
+            # Whoever asks for it comes to the same shard, which knows whether it is in use.
+            wish = crc32(name.encode(errors="replace")) % len(self._children)
+        uid = Peer.of(sock).uid
+        if not joins and (why := self._places.refusal(uid)):
+            self._refusals.refuse(sock, why, self._loop.time())
+            return
+        if wish is not None and 0 <= wish < len(self._children):
+            child = self._children[wish]
+        else:
+            # Of those with equally many, the one whose last has been there longest: it may be idle.
+            there = [each for each in self._children if each.there.is_set()] or self._children
+            child = min(there, key=lambda each: (each.connections, each.turn))
+        self._turns += 1
+        child.turn = self._turns
+        serve = Serve(None if joins else uid)
+        self.seat(child, serve.place)
+        if child.there.is_set():
+            with sock:
+                child.channel.tell(serve, [sock.fileno()])
+        else:
+            self._later(self._hand_over_later(sock, child, serve))
+
+    def seat(self, child: Child, place: int | None) -> None:
+        """Count a connection that a shard gets; see Serve."""
+        child.connections += 1
+        if place is not None:
+            child.places[place] += 1
+            self._places.take(place)
+
+    def unseat(self, child: Child, place: int | None) -> None:
+        """Count one off that has gone; see Parted."""
+        child.connections -= 1
+        if place is not None:
+            child.places[place] -= 1
+            self._places.give(place)
+
+    def clear(self, child: Child) -> None:
+        """Count the connections of a shard off that has died."""
+        for uid in child.places.elements():
+            self._places.give(uid)
+        child.places.clear()
+        child.connections = 0
+
+    @staticmethod
+    async def _hand_over_later(sock: socket.socket, child: Child, serve: Serve) -> None:
+        """To a shard that is being started again."""
+        with sock:
+            await child.there.wait()
+            child.channel.tell(serve, [sock.fileno()])
+
+
+def _peek(sock: socket.socket) -> bytes | None:
+    """What has arrived on a connection, left there; None: nothing yet."""
+    try:
+        return sock.recv(_MOST_HELLO, socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return None
+    except OSError:
+        return b""  # gone already: a shard will find out
+
+
+def parse_wish(hello: bytes) -> tuple[int | None, bool, str | None]:
+    """The shard that a HELLO asks for, if any; whether it joins a space; the space's name, if any.
+
+    What is no HELLO asks for nothing: what is wrong with it is for the shard to say.
+    """
+    if len(hello) < HEADER_BYTES:
+        return None, False, None
+    length, version, op, *_ = HEADER.unpack_from(hello)
+    if version != VERSION or op != Op.HELLO:
+        return None, False, None
+    try:
+        said = json.loads(hello[HEADER_BYTES:length])
+    except (ValueError, RecursionError):
+        return None, False, None
+    if not isinstance(said, dict):
+        return None, False, None
+    wish = said.get("shard")
+    shard = wish if isinstance(wish, int) and not isinstance(wish, bool) else None
+    name = said.get("name")
+    return shard, said.get("token") is not None, name if isinstance(name, str) else None

@@ -22,21 +22,23 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
 
-from support.engine import KIB, KINDS, MIB, Rig, UnkindDevice, ids, make_engine, page
+from simulation.devices import FaultyDevice, Span
+from support.engine import KIB, KINDS, MIB, Rig, UnkindDevice, ids, make_engine, numbers_of, page
 from support.interleaving import Running, Scheduler
+from vswapd.clusters import slots_of
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
 from vswapd.groups import Space
 from vswapd.pressure import Free
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of, tags_of
 from vswapd_backends.base import U64, IoKind, IoRequest
+from vswapd_backends.segment import CHECK_BYTES
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
 _CHECK_EVERY: Final = 40
@@ -120,8 +122,14 @@ class World:
         self.seed: Final = seed
         self.chooser: Final = random.Random(seed)
         self.swarm: Final = Swarm.of(self.chooser)
+        self._trace = hashlib.blake2b(digest_size=8)
+        self._all_devices: list[FaultyDevice] = []
+        """Also those that were drained and closed."""
         self.rig: Final[Rig] = make_engine(
-            self.swarm.pool_max, devices=self.swarm.devices, default_group=self.swarm.limits
+            self.swarm.pool_max,
+            devices=self.swarm.devices,
+            default_group=self.swarm.limits,
+            make_device=self._make_device,
         )
         self.scheduler = Scheduler(seed + 1, self._stepped)
         self.clients: list[Client] = []
@@ -129,20 +137,12 @@ class World:
         """Pages that were stored, loaded and freed, by requests that ended well."""
         self.kills = self.lost = self.steps = 0
         self._made = self._spaces = 0
-        self._suspects: set[tuple[str, int]] = set()
-        """Pages, by their client's key and slot, that a fault has hit where they were."""
-        self._hit: set[tuple[str, int]] = set()
-        """Extents in which bits were flipped, also those that were being written."""
-        self._dead: set[str] = set()
-        """Devices on which everything fails from some point on."""
-        self._failed_reads: Counter[str] = Counter()
-        """By device: reads that failed."""
-        self._trace = hashlib.blake2b(digest_size=8)
+        self._damaged: set[int] = set()
+        """Slots, by number, whose entries were read where they were damaged."""
+        self._damage_reads = 0
         self._memory_left = 1 << 40
         """Bytes of memory that the machine has left."""
         self._watch_memory()
-        for device in self.rig.devices:
-            self._make_unkind(device)
 
     @property
     def trace(self) -> str:
@@ -154,71 +154,46 @@ class World:
 
     # Devices
 
-    def _make_unkind(self, device: UnkindDevice) -> None:
-        rates = self.swarm.rates
+    def _make_device(self, extents: int, path: str) -> FaultyDevice:
+        device = FaultyDevice(extents, path, self.chooser, self.swarm.rates, self._note)
+        device.on_damage_read = self._damage_read
+        self._all_devices.append(device)
+        return device
 
-        def fails(kind: str, nth: int) -> bool:
-            self._note((device.path, kind, nth))
-            failed = device.path in self._dead or self.chooser.random() < rates[f"{kind} error"]
-            self._failed_reads[device.path] += failed and kind == "read"
-            return failed
+    @property
+    def _devices(self) -> list[FaultyDevice]:
+        return [device for device in self.rig.devices if isinstance(device, FaultyDevice)]
 
-        def tears(extent: int, length: int) -> int:
-            if not rates["tear"] or self.chooser.random() >= rates["tear"]:
-                return length
-            self._note((device.path, "torn"))
-            # Whatever comes to stand there may be damaged.
-            self._hit |= {(device.path, extent + i) for i in range(-(-length // EXTENT_BYTES))}
-            return BLOCK_BYTES * self.chooser.randrange(length // BLOCK_BYTES)
+    def _damage_read(self, device: FaultyDevice, span: Span) -> None:
+        """What lies there is lost; also elsewhere, for whoever moves it takes the damage along."""
+        self._damage_reads += 1
+        self._damaged |= self._slots_in(device, [span])
 
-        device.fails = fails
-        device.tears = tears
-
-    def _slots_on(self, device: UnkindDevice, extent: int | None = None) -> set[tuple[str, int]]:
-        """Pages whose entries lie on a device, or in one extent of it."""
-        entry = self.rig.engine.core.devices.find(device.path)
-        found: set[tuple[str, int]] = set()
-        if entry is None:
+    def _slots_in(self, device: FaultyDevice, spans: list[Span]) -> set[int]:
+        """Numbers of slots whose entries have bytes in these spans of a device."""
+        core = self.rig.engine.core
+        entry = core.devices.find(device.path)
+        found: set[int] = set()
+        if entry is None or not spans:
             return found
-        for client in self.clients:
-            slots = np.array(list(client.held), np.uint64)
-            words = self.rig.words(slots)
-            on = tags_of(words) == Tag.PHYS
-            slots, words = slots[on], words[on]
-            if not len(slots):
-                continue
-            numbers = places_of(words).number
-            where = [self.rig.engine.core.devices.device_of(int(n)) for n in numbers]
-            for slot, (holder, at) in zip(slots.tolist(), where, strict=True):
-                if holder is entry and extent in {None, at}:
-                    found.add((client.key, slot))
+        numbers = slots_of(core.clusters.open_clusters())
+        words = core.table.words[numbers]
+        on = tags_of(words) == Tag.PHYS
+        numbers, places = numbers[on], places_of(words[on])
+        begins = places.address - entry.number_of(0) * EXTENT_BYTES
+        ends = begins + CHECK_BYTES + places.length
+        for begin, end in spans:
+            found |= set(numbers[(begins < end) & (ends > begin)].tolist())
         return found
 
     def _flip(self) -> None:
         """A bit of a device changes by itself."""
-        if not self.rig.devices:
-            return
-        device = self.chooser.choice(self.rig.devices)
-        extent = self.chooser.randrange(device.extents)
-        device.data[extent * EXTENT_BYTES + self.chooser.randrange(EXTENT_BYTES)] ^= 1 << 3
-        # What is being moved from there carries the damage with it.
-        self._suspects |= self._slots_on(device)
-        self._hit.add((device.path, extent))
-
-    def _suspect(self) -> None:
-        """What stands where something has happened: it may have been on its way there then."""
-        for device in self.rig.devices:
-            if device.path in self._dead:
-                self._suspects |= self._slots_on(device)
-            for path, extent in self._hit:
-                if path == device.path:
-                    self._suspects |= self._slots_on(device, extent)
+        if self.rig.devices:
+            self.chooser.choice(self._devices).flip()
 
     def _device_dies(self) -> None:
         if self.rig.devices:
-            device = self.chooser.choice(self.rig.devices)
-            self._dead.add(device.path)
-            self._suspects |= self._slots_on(device)
+            self.chooser.choice(self._devices).dead = True
 
     # Clients
 
@@ -268,7 +243,7 @@ class World:
             held: list[bytes | None] = list(pages)
             if reason is not None:
                 held = [None] * len(pages)
-            self._suspects -= {(client.key, slot) for slot in at.tolist()}
+            self._damaged.difference_update(numbers_of(at).tolist())
             client.held.update(zip(at.tolist(), held, strict=False))
             self.pages += len(at)
 
@@ -295,7 +270,7 @@ class World:
         self._begin_for(client, "store", engine.store(client.space, folio, slots), done, after_kill)
 
     def _load(self, client: Client, slots: U64) -> None:
-        failed_before = self._failed_reads.copy()
+        failed_before = {device.path: len(device.failed_reads) for device in self._devices}
 
         def done(task: Running) -> None:
             client.task = None
@@ -305,7 +280,7 @@ class World:
             if isinstance(task.error, UnbackedError):
                 assert None in expected
             elif isinstance(task.error, PageLostError):
-                self._check_lost(client, task.error, self._failed_reads - failed_before)
+                self._check_lost(task.error, failed_before)
             else:
                 assert task.error is None, task.error
                 assert [bytes(got) for got in task.result] == expected, "other bytes"
@@ -313,16 +288,17 @@ class World:
 
         self._begin_for(client, "load", self.rig.engine.load(client.space, slots), done, None)
 
-    def _check_lost(self, client: Client, error: PageLostError, failed: Counter[str]) -> None:
-        """What is lost was hit, or lies on a device of which a read failed meanwhile."""
-        self._suspect()
-        lost = {(client.key, slot) for slot in error.slots.tolist()}
+    def _check_lost(self, error: PageLostError, failed_before: dict[str, int]) -> None:
+        """What is lost is damaged, or lies where a read has failed meanwhile."""
+        lost = set(numbers_of(error.slots).tolist())
         self.lost += len(lost)
-        lost -= self._suspects
-        for device in self.rig.devices:
-            if lost and failed[device.path]:
-                lost -= self._slots_on(device)
-        assert not lost, f"{sorted(lost)} were lost by nothing"
+        lost -= self._damaged
+        for device in self._devices:
+            if lost:
+                lost -= self._slots_in(
+                    device, device.failed_reads[failed_before.get(device.path, 0) :]
+                )
+        assert not lost, f"slot numbers {sorted(lost)} were lost by nothing"
 
     def _free(self, client: Client, slots: U64) -> None:
         client.requests += 1
@@ -331,7 +307,7 @@ class World:
         def freed() -> None:
             for slot in slots.tolist():
                 del client.held[slot]
-                self._suspects.discard((client.key, slot))
+            self._damaged.difference_update(numbers_of(slots).tolist())
             self.pages += len(slots)
 
         def done(task: Running) -> None:
@@ -381,21 +357,31 @@ class World:
             case "compact":
                 self.scheduler.start(what, engine.compact())
             case "verify":
-                self.scheduler.start(what, engine.verify(), self._verified)
+                self._verify()
             case _:
                 self.rig.clock.advance(self.chooser.choice([1, 70]))
 
-    def _verified(self, task: Running) -> None:
-        faults = self.swarm.rates["read error"] or self._suspects or self._dead or self._hit
-        if not task.cancelled and not faults:
-            assert task.result.ok, task.result.problems
+    def _verify(self) -> None:
+        before, damaged = self._bad_reads, bool(self._damaged)
+
+        def done(task: Running) -> None:
+            if task.cancelled or task.result.ok:
+                return
+            problems = task.result.problems
+            assert all("on a device do not agree" in text for text in problems), problems
+            assert damaged or self._bad_reads > before, problems
+
+        self.scheduler.start("verify", self.rig.engine.verify(), done)
+
+    @property
+    def _bad_reads(self) -> int:
+        """Reads that have failed, or brought damage."""
+        return self._damage_reads + sum(len(device.failed_reads) for device in self._all_devices)
 
     def _swap(self) -> None:
         """A device comes, or one is drained."""
         if len(self.rig.devices) < 3 and self.chooser.random() < 0.5:
-            self._make_unkind(
-                self.rig.swapon(self.chooser.randint(2, 20), self.chooser.choice([0, 1]))
-            )
+            self.rig.swapon(self.chooser.randint(2, 20), self.chooser.choice([0, 1]))
             return
         if not self.rig.devices:
             return
@@ -503,8 +489,6 @@ class World:
 
     def _stepped(self) -> None:
         self.steps += 1
-        if (self._hit or self._dead) and self.steps % 4 == 0:
-            self._suspect()
         if self.steps % _CHECK_EVERY == 0:
             self._check()
 
@@ -577,7 +561,8 @@ class World:
         found = self.rig.peek(client.space, np.array(list(backed), np.uint64))
         for (slot, expected), got in zip(backed.items(), found, strict=True):
             if got is None:
-                assert (client.key, slot) in self._suspects, f"slot {slot:#x} was lost by nothing"
+                number = numbers_of(ids(slot)).item()
+                assert number in self._damaged, f"slot {slot:#x} was lost by nothing"
             else:
                 assert got == expected, f"slot {slot:#x} has other bytes"
 

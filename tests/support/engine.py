@@ -60,7 +60,7 @@ def _prose() -> bytes:
     return " ".join(chooser.choices(words, k=12000)).encode()
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=8192)
 def page(kind: str, seed: int) -> bytes:
     """A page that no other kind and seed gives.
 
@@ -207,6 +207,8 @@ class Rig:
     devices: list[UnkindDevice] = field(default_factory=list)
     named: int = 0
     """Devices that there have been; the next one's number."""
+    make_device: Callable[[int, str], UnkindDevice] = UnkindDevice
+    """Asked with the extents and the path of each device that comes."""
 
     # Requests
 
@@ -246,7 +248,7 @@ class Rig:
         self.engine.apply(dataclasses.replace(self.engine.core.settings, **changes))
 
     def swapon(self, extents: int = 16, priority: int = 0, path: str | None = None) -> UnkindDevice:
-        device = UnkindDevice(extents, path or f"mem{self.named}")
+        device = self.make_device(extents, path or f"mem{self.named}")
         self.named += 1
         self.devices.append(device)
         self.engine.swapon(device, priority)
@@ -397,6 +399,7 @@ def make_engine(
     arena_bytes: int = 16 * MIB,
     devices: Sequence[int] = (),
     clock: Clock | None = None,
+    make_device: Callable[[int, str], UnkindDevice] = UnkindDevice,
     **settings: Any,
 ) -> Rig:
     """An engine of its own.
@@ -406,12 +409,14 @@ def make_engine(
         arena_bytes: address space for the pool.
         devices: extents of the devices to put into use, `mem0`, `mem1`, ..., all of priority 0.
         clock: the engine's time; its own by default.
+        make_device: see Rig.
         settings: any other field of Settings.
     """
     clock = clock or Clock()
     settings.setdefault("max_slots", 1 << 16)
     chosen = Settings(pool_max=pool_max, **settings)
-    rig = Rig(Engine.create(chosen, clock, arena_bytes=arena_bytes), clock)
+    engine = Engine.create(chosen, clock, arena_bytes=arena_bytes)
+    rig = Rig(engine, clock, make_device=make_device)
     for extents in devices:
         rig.swapon(extents)
     return rig

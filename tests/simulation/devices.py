@@ -11,6 +11,7 @@ This module must not know what stands on a device.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
@@ -31,13 +32,17 @@ class FaultyDevice(UnkindDevice):
         chooser: random.Random,
         rates: dict[str, float],
         note: Callable[[object], None],
+        happened: Counter[str],
     ) -> None:
         super().__init__(extents, path)
         self.chooser: Final = chooser
         self.rates: Final = rates
         self.note: Final = note
+        self.happened: Final = happened
         self.dead = False
         """Whether everything fails from now on."""
+        self.full = False
+        """Whether writes fail for now: its file has holes, and the disk below has no room."""
         self.damage: list[Span] = []
         self.failed_reads: list[Span] = []
         self.on_damage_read: Callable[[FaultyDevice, Span], None] = lambda _device, _span: None
@@ -49,12 +54,19 @@ class FaultyDevice(UnkindDevice):
 
     def _fails(self, kind: str, nth: int) -> bool:
         self.note((self.path, kind, nth))
-        return self.dead or self.chooser.random() < self.rates[f"{kind} error"]
+        if self.full and kind == "write":
+            self.happened["write to a full disk"] += 1
+            return True
+        if self.dead or self.chooser.random() < self.rates[f"{kind} error"]:
+            self.happened[f"{kind} error"] += 1
+            return True
+        return False
 
     def _tears(self, _: int, length: int) -> int:
         self._arrived = length
         if self.rates["tear"] and self.chooser.random() < self.rates["tear"]:
             self.note((self.path, "torn"))
+            self.happened["torn write"] += 1
             self._arrived = BLOCK_BYTES * self.chooser.randrange(length // BLOCK_BYTES)
         return self._arrived
 
@@ -64,6 +76,7 @@ class FaultyDevice(UnkindDevice):
         at = extent * EXTENT_BYTES + self.chooser.randrange(EXTENT_BYTES)
         self.data[at] ^= 1 << 3
         self.damage.append((at, at + 1))
+        self.happened["flipped bit"] += 1
 
     def read(self, extent: int, offset: int, length: int) -> memoryview:
         """See BlockDevice."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -13,7 +14,7 @@ from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, WriteError
 def device(**rates: float) -> FaultyDevice:
     """One of three extents that does what the rates say, and nothing else."""
     none = dict.fromkeys(("read error", "write error", "tear"), 0.0)
-    return FaultyDevice(3, "mem0", random.Random(1), none | rates, lambda _: None)
+    return FaultyDevice(3, "mem0", random.Random(1), none | rates, lambda _: None, Counter())
 
 
 def test_what_did_not_arrive_is_damage() -> None:

@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import cache
+
 import pytest
 
-from simulation.world import World, simulate
+from simulation.world import EVENTS, World, simulate
+from vswapd import recovery
+from vswapd.retrial import Retrial
+from vswapd_backends.base import IoKind, IoRequest
+from vswapd_backends.segment import CHECK_BYTES
+from vswapd_backends.swapdev import SwapDevices
 
 MOMENTS = 500
+SEEDS = range(40)
 
 
-@pytest.mark.parametrize("seed", range(40))
+@cache
+def happened_in(seed: int) -> Counter[str]:
+    """What a run has done; each is run once."""
+    return simulate(seed, MOMENTS).happened
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_promises_are_kept(seed: int) -> None:
     """Whatever happens, each page is what its client stored, or was really hit; nothing leaks."""
-    simulate(seed, MOMENTS)
+    happened_in(seed)
+
+
+def test_everything_happens() -> None:
+    """Each kind of fault, and each thing that the engine does about them, is among the runs."""
+    happened = sum(map(happened_in, SEEDS), Counter[str]())
+    assert {event for event in EVENTS if not happened[event]} == set()
+    assert set(happened) <= set(EVENTS)
+
+
+def _no_write_fails(request: IoRequest) -> None:
+    perform(request)
+    if request.kind is IoKind.WRITE:
+        request.error = None
+
+
+def _any_check_agrees(
+    _: SwapDevices, found: Sequence[memoryview | None], *__: object
+) -> list[memoryview | None]:
+    return [None if entry is None else entry[CHECK_BYTES:] for entry in found]
+
+
+def _nothing(*_: object) -> None:
+    """What should be done is not."""
+
+
+perform = IoRequest.perform
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "bug"),
+    [
+        (IoRequest, "perform", _no_write_fails),
+        (SwapDevices, "_checked", _any_check_agrees),
+        (SwapDevices, "abandon", _nothing),
+        (recovery, "_finish_request", _nothing),
+        (Retrial, "look", _nothing),
+    ],
+)
+def test_planted_bugs_are_found(
+    where: object, name: str, bug: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that breaks a promise does not get through the fixed seeds."""
+    monkeypatch.setattr(where, name, bug)
+    assert any(map(_fails, SEEDS))
+
+
+def _fails(seed: int) -> bool:
+    try:
+        simulate(seed, MOMENTS)
+    except Exception as error:  # noqa: BLE001 - whatever breaks first
+        return "make simulate SEED=" in "".join(error.__notes__)
+    return False
 
 
 @pytest.mark.parametrize("seed", [3, 17])
@@ -20,6 +90,15 @@ def test_a_seed_is_a_run(seed: int) -> None:
     """The same seed does the same again, to the last request; another one does not."""
     assert simulate(seed, 300).trace == simulate(seed, 300).trace
     assert simulate(seed, 300).trace != simulate(seed + 1, 300).trace
+
+
+@pytest.mark.parametrize("seed", [5, 9])
+def test_a_run_does_not_depend_on_the_machine(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow processor changes nothing: the time that work takes is simulated, too."""
+    trace = simulate(seed, 300).trace
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "thread_time", lambda: 10.0 * next(ticks))
+    assert simulate(seed, 300).trace == trace
 
 
 @pytest.mark.parametrize("kind", [AssertionError, IndexError])

@@ -1,15 +1,18 @@
 """A daemon's engine, its clients, operators and devices in one thread, at the whim of a seed.
 
 Time, devices and the order of everything are simulated: operations and their device requests
-overlap and are performed in any order; devices fail for a while, fail for good, tear what they
-write, and flip bits; memory runs short; operators steer; and at any point the process may be killed
-and goes on from its memory. Which of it happens in a run, and how often, the seed decides, too (a
-swarm: a run that does little but one thing finds what a run that does everything hides).
+overlap and are performed in any order; devices fail now and then, fail for good, are full for a
+while, hang for a while, tear what they write, and flip bits; memory runs short; operators steer;
+and at any point the process may be killed and goes on from its memory, perhaps without one of its
+devices. Which of it happens in a run, and how often, the seed decides, too (see `swarm`).
 
 Invariants:
 - The same seed gives the same run: `trace` is a digest of all that happened.
 - Whatever a client loads is what it stored last, or a PageLostError of a page that was really hit.
-- When all is freed nothing is left.
+- A slot that is not the client's own is refused; an id of a cluster that was given back never comes
+  again.
+- When all is freed nothing is left, and what is out of use on devices comes back in time.
+- What has happened is counted (`happened`), so that nobody can believe in what never does.
 
 What a device has acknowledged stays, but for the faults above: there is no flush to wait for, since
 processes are killed here and not machines, and what is on swap is worthless after a machine's end.
@@ -22,6 +25,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import random
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -29,73 +33,40 @@ from typing import Any, Final
 import numpy as np
 
 from simulation.devices import FaultyDevice, Span
-from support.engine import KIB, KINDS, MIB, Rig, UnkindDevice, ids, make_engine, numbers_of, page
+from simulation.swarm import Swarm
+from support.engine import DAY, KIB, MIB, Rig, ids, make_engine, numbers_of, page
 from support.interleaving import Running, Scheduler
+from vswap.protocol import Reason
 from vswapd.clusters import slots_of
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
 from vswapd.groups import Space
+from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.pressure import Free
 from vswapd.settings import GroupLimits
-from vswapd.swap_table import Tag, places_of, tags_of
+from vswapd.shrinker import Doing
+from vswapd.swap_table import CLUSTER_SHIFT, Tag, places_of, tags_of
 from vswapd_backends.base import U64, IoKind, IoRequest
 from vswapd_backends.segment import CHECK_BYTES
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
 _CHECK_EVERY: Final = 40
 """Steps between two looks at all sums: they take longer than a step."""
-SETTINGS: Final = (
-    *("codec", "dense", "pool", "enabled", "store", "verify"),
-    *("budget", "idle", "rate", "watermarks", "groups", "memory"),
+_LONG_STEPS: Final = 30
+"""A request has been in the air for long if others took so many steps meanwhile."""
+_LONGEST_PAUSE_S: Final = 3600.0
+"""Between two tries of extents that are out of use; see vswapd.retrial."""
+_WRONG: Final = 0.05
+"""Of all requests, those for a slot that is not the client's."""
+EVENTS: Final = (
+    *("read error", "write error", "write to a full disk", "torn write", "flipped bit"),
+    *("damage read", "a request in the air for long", "a request overtaken", "a device dies"),
+    *("a kill", "a write cut off by a kill", "a device is gone after a kill", "a page lost"),
+    *("an operation cancelled", "a wrong slot refused", "extents in use again"),
+    *("swapon", "swapoff", "swapoff failed"),
+    *(f"rejected: {reason.word}" for reason in Reason),
+    *(f"shrinker: {doing}" for doing in Doing if doing is not Doing.IDLE),
 )
-
-
-@dataclass
-class Swarm:
-    """What a run does, and how often; made of its seed."""
-
-    pool_max: int
-    devices: list[int]
-    limits: GroupLimits
-    rates: dict[str, float]
-    sizes: list[int]
-    kinds: list[str]
-    settings: list[str]
-    """Which are changed."""
-
-    @classmethod
-    def of(cls, chooser: random.Random) -> Swarm:
-        """Each thing that may happen does so in half of the runs."""
-
-        def some(rate: float) -> float:
-            return rate * chooser.random() if chooser.random() < 0.5 else 0.0
-
-        limits = GroupLimits()
-        if chooser.random() < 0.2:
-            limits = GroupLimits(
-                pool_max=chooser.choice([200, 500]) * KIB,
-                device_max=chooser.choice([None, 500 * KIB, 2 * MIB]),
-            )
-        return cls(
-            pool_max=chooser.choice([300 * KIB, 700 * KIB, MIB, 3 * MIB]),
-            devices=chooser.choice([[], [4], [6, 5], [24], [12, 3, 8]]),
-            limits=limits,
-            rates={
-                "close": some(0.05),
-                "kill": some(0.02),
-                "swap": some(0.08),
-                "settings": some(0.1),
-                "stir": 0.05 + some(0.3),
-                "flip": some(0.03),
-                "tear": some(0.05),
-                "read error": some(0.1),
-                "write error": some(0.2),
-                "dies": some(0.004),
-                "cancel": some(0.05),
-            },
-            sizes=chooser.choice([[1], [1, 5, 30], [30, 120], [64, 250], [1, 120, 512]]),
-            kinds=chooser.sample(KINDS, chooser.randint(1, len(KINDS))),
-            settings=chooser.sample(SETTINGS, chooser.randint(1, len(SETTINGS))),
-        )
+"""What is to happen in every large set of runs; by the device's doing first."""
 
 
 @dataclass
@@ -123,26 +94,47 @@ class World:
         self.chooser: Final = random.Random(seed)
         self.swarm: Final = Swarm.of(self.chooser)
         self._trace = hashlib.blake2b(digest_size=8)
+        self.happened: Counter[str] = Counter()
+        """By what it was: see EVENTS."""
         self._all_devices: list[FaultyDevice] = []
         """Also those that were drained and closed."""
+        region = shared_region(self.swarm.shards) if self.swarm.shards > 1 else None
+        self._neighbour: Final = None if region is None else Ledger(region, 1)
         self.rig: Final[Rig] = make_engine(
             self.swarm.pool_max,
             devices=self.swarm.devices,
             default_group=self.swarm.limits,
             make_device=self._make_device,
+            ledger=Ledger(region),
+            dense=self.swarm.dense,
+            dense_age=0.0,
         )
-        self.scheduler = Scheduler(seed + 1, self._stepped)
+        self._hanging: set[object] = set()
+        """Devices that perform nothing for now."""
+        self.scheduler = self._scheduler(seed + 1)
+        self._moment = 0
+        self._later: list[tuple[int, Callable[[], None]]] = []
+        """What ends in which moment."""
+        self._cpu_s = 0.0
         self.clients: list[Client] = []
         self.pages = 0
         """Pages that were stored, loaded and freed, by requests that ended well."""
-        self.kills = self.lost = self.steps = 0
+        self.lost = self.steps = 0
         self._made = self._spaces = 0
         self._damaged: set[int] = set()
         """Slots, by number, whose entries were read where they were damaged."""
         self._damage_reads = 0
         self._memory_left = 1 << 40
         """Bytes of memory that the machine has left."""
-        self._watch_memory()
+        self._freed: deque[int] = deque(maxlen=200)
+        """Slots that were somebody's."""
+        self._in_cluster: Counter[int] = Counter()
+        """Slots that clients hold, by the beginning of their ids: cluster and generation."""
+        self._retired: set[int] = set()
+        """Such beginnings that must not come again."""
+        self._furnish()
+        for _ in range(self.chooser.choice([0, 0, 1, 4])):
+            self._set()
 
     @property
     def trace(self) -> str:
@@ -154,8 +146,25 @@ class World:
 
     # Devices
 
+    def _furnish(self) -> None:
+        """Give an engine what surrounds it."""
+        engine = self.rig.engine
+        engine.watch_memory(lambda: Free(self._memory_left, "the machine"))
+        engine.on_pressure = lambda: None
+        engine.shrinker.recompression.cpu_clock = self._cpu_clock
+
+    def _scheduler(self, seed: int) -> Scheduler:
+        return Scheduler(seed, self._stepped, hanging=self._hanging, slow=self.swarm.slow)
+
+    def _cpu_clock(self) -> float:
+        # The real one would make a run depend on how fast the machine is.
+        self._cpu_s += self.swarm.compute_s
+        return self._cpu_s
+
     def _make_device(self, extents: int, path: str) -> FaultyDevice:
-        device = FaultyDevice(extents, path, self.chooser, self.swarm.rates, self._note)
+        device = FaultyDevice(
+            extents, path, self.chooser, self.swarm.rates, self._note, self.happened
+        )
         device.on_damage_read = self._damage_read
         self._all_devices.append(device)
         return device
@@ -167,6 +176,7 @@ class World:
     def _damage_read(self, device: FaultyDevice, span: Span) -> None:
         """What lies there is lost; also elsewhere, for whoever moves it takes the damage along."""
         self._damage_reads += 1
+        self.happened["damage read"] += 1
         self._damaged |= self._slots_in(device, [span])
 
     def _slots_in(self, device: FaultyDevice, spans: list[Span]) -> set[int]:
@@ -194,6 +204,34 @@ class World:
     def _device_dies(self) -> None:
         if self.rig.devices:
             self.chooser.choice(self._devices).dead = True
+            self.happened["a device dies"] += 1
+
+    def _disk_full(self) -> None:
+        """Writes fail for a while, on one device or on all: they may be files of one disk."""
+        if not self.rig.devices:
+            return
+        devices = self._devices
+        some = self.chooser.choice([[self.chooser.choice(devices)], devices])
+        for device in some:
+            device.full = True
+        self._later.append((self._moment + self.chooser.randint(1, 100), lambda: _empty(some)))
+
+    def _hang(self) -> None:
+        """A device performs nothing for a while, unless all wait for it."""
+        if not self.rig.devices:
+            return
+        device = self.chooser.choice(self._devices)
+        begun = self.steps
+        self._hanging.add(device)
+
+        def end() -> None:
+            waiting = (r for task in self.scheduler.running for r in task.air)
+            late = sum(isinstance(r, IoRequest) and r.device is device for r in waiting)
+            if self.steps - begun >= _LONG_STEPS:
+                self.happened["a request in the air for long"] += late
+            self._hanging.discard(device)
+
+        self._later.append((self._moment + self.chooser.randint(1, 60), end))
 
     # Clients
 
@@ -217,10 +255,11 @@ class World:
             self._store(client, slots, pages)
             return
         held = list(client.held)
-        some = ids(
-            *self.chooser.sample(held, min(len(held), self.chooser.choice(self.swarm.sizes)))
-        )
-        verb = self.chooser.choice(["new", "new", "over", "load", "load", "load", "free"])
+        some = self._some(held)
+        if self.chooser.random() < _WRONG and (self._freed or len(self.clients) > 1):
+            self._ask_wrongly(client, some)
+            return
+        verb = self.chooser.choice(self.swarm.verbs)
         if verb == "new" and len(held) > 3000:
             verb = "free"
         if verb == "new" or not held:
@@ -232,6 +271,58 @@ class World:
         else:
             self._free(client, some)
 
+    def _some(self, held: list[int]) -> U64:
+        """Some of a client's slots to ask for."""
+        count = min(len(held), self.chooser.choice(self.swarm.sizes))
+        match self.swarm.picks:
+            case "random":
+                return ids(*self.chooser.sample(held, count))
+            case "oldest":
+                return ids(*held[:count])
+            case _:
+                first = self.chooser.randint(0, len(held) - count)
+                return ids(*held[first : first + count])
+
+    def _ask_wrongly(self, client: Client, some: U64) -> None:
+        """For slots of which one is not the client's own: refused, and nothing is changed."""
+        others = [slot for other in self.clients if other is not client for slot in other.held]
+        wrong = [slot for slot in self._freed if slot not in client.held]
+        strange = self.chooser.choice(others[-1:] + wrong[-50:] or [1])
+        slots = np.append(some, np.uint64(strange))
+        engine = self.rig.engine
+        match self.chooser.choice(["over", "load", "free"]):
+            case "over":
+                folio = engine.prepare(b"".join(self._contents(len(slots))))
+                operation: Any = engine.store(client.space, folio, slots)
+            case "load":
+                operation = engine.load(client.space, slots)
+            case _:
+                client.requests += 1
+                operation = engine.free(client.space, slots, client.requests)
+
+        def done(task: Running) -> None:
+            client.task = None
+            if not task.cancelled and not client.closing:
+                assert isinstance(task.error, BadSlotError), task.error or task.result
+                self.happened["a wrong slot refused"] += 1
+
+        self._begin_for(client, "wrong", operation, done, None)
+
+    def _got(self, slots: U64) -> None:
+        """New slots: none of an id that was given back with its cluster."""
+        clusters, counts = np.unique(slots >> np.uint64(CLUSTER_SHIFT), return_counts=True)
+        for cluster, count in zip(clusters.tolist(), counts.tolist(), strict=True):
+            assert cluster not in self._retired, f"ids of cluster {cluster:#x} came again"
+            self._in_cluster[cluster] += count
+
+    def _gave_up(self, slots: U64) -> None:
+        self._freed.extend(slots[:10].tolist())
+        clusters, counts = np.unique(slots >> np.uint64(CLUSTER_SHIFT), return_counts=True)
+        for cluster, count in zip(clusters.tolist(), counts.tolist(), strict=True):
+            self._in_cluster[cluster] -= count
+            if not self._in_cluster[cluster]:
+                self._retired.add(cluster)
+
     def _store(self, client: Client, slots: U64 | None, pages: list[bytes]) -> None:
         engine = self.rig.engine
         folio = engine.prepare(b"".join(pages))
@@ -239,11 +330,14 @@ class World:
         folio.request = number = client.requests
         before = client.space.slots.slots
 
-        def stored(at: U64, reason: object) -> None:
+        def stored(at: U64, reason: Reason | None) -> None:
             held: list[bytes | None] = list(pages)
             if reason is not None:
                 held = [None] * len(pages)
+                self.happened[f"rejected: {reason.word}"] += 1
             self._damaged.difference_update(numbers_of(at).tolist())
+            if slots is None and not client.closing:
+                self._got(at)
             client.held.update(zip(at.tolist(), held, strict=False))
             self.pages += len(at)
 
@@ -292,6 +386,7 @@ class World:
         """What is lost is damaged, or lies where a read has failed meanwhile."""
         lost = set(numbers_of(error.slots).tolist())
         self.lost += len(lost)
+        self.happened["a page lost"] += len(lost)
         lost -= self._damaged
         for device in self._devices:
             if lost:
@@ -307,6 +402,8 @@ class World:
         def freed() -> None:
             for slot in slots.tolist():
                 del client.held[slot]
+            if not client.closing:
+                self._gave_up(slots)
             self._damaged.difference_update(numbers_of(slots).tolist())
             self.pages += len(slots)
 
@@ -339,27 +436,49 @@ class World:
         client.closing = True
         self.clients.remove(client)
         engine = self.rig.engine
+        if client.held:
+            self._gave_up(ids(*client.held))
+        if self.chooser.random() < 0.5:
+            engine.detach(client.space)
         self.scheduler.start(f"close {client.key}", engine.close_space(client.space))
 
     # Everybody else
 
     def _stir(self) -> None:
-        """The shrinker, or an operator, begins something."""
+        """An operator begins something, or time passes."""
         engine = self.rig.engine
-        what = self.chooser.choice(["writeback", "shrink", "shrink", "compact", "verify", "time"])
+        what = self.chooser.choice(["writeback", "compact", "verify", "time", "time"])
         if any(task.name == what for task in self.scheduler.running):
             return
         match what:
             case "writeback":
-                self.scheduler.start(what, engine.writeback(self.chooser.choice([1, MIB])))
-            case "shrink" if count := engine.shrinker.count():
-                self.scheduler.start(what, engine.shrinker.scan(count))
+                self.scheduler.start(what, engine.writeback(self.chooser.choice([1, MIB, 8 * MIB])))
             case "compact":
                 self.scheduler.start(what, engine.compact())
             case "verify":
                 self._verify()
             case _:
-                self.rig.clock.advance(self.chooser.choice([1, 70]))
+                self.rig.clock.advance(self.chooser.choice([1, 1, 1, 70, 70, 70, 4000, DAY]))
+
+    def _shrink(self) -> None:
+        """As its thread does: count, then scan, or sleep until a time that is still to come."""
+        if any(task.name == "shrink" for task in self.scheduler.running):
+            return
+        shrinker = self.rig.engine.shrinker
+        out_of_use = self._extents_out_of_use
+        count = shrinker.count()
+        if self._extents_out_of_use < out_of_use:
+            self.happened["extents in use again"] += 1
+        if count:
+            self.happened[f"shrinker: {shrinker.doing}"] += 1
+            self.scheduler.start("shrink", shrinker.scan(count))
+        else:
+            due, now = shrinker.next_wakeup(), self.rig.clock()
+            assert due is None or due > now, f"{shrinker.why}: would wake at {due}, it is {now}"
+
+    @property
+    def _extents_out_of_use(self) -> int:
+        return sum(device.map.bad for device in self.rig.engine.core.devices)
 
     def _verify(self) -> None:
         before, damaged = self._bad_reads, bool(self._damaged)
@@ -382,6 +501,7 @@ class World:
         """A device comes, or one is drained."""
         if len(self.rig.devices) < 3 and self.chooser.random() < 0.5:
             self.rig.swapon(self.chooser.randint(2, 20), self.chooser.choice([0, 1]))
+            self.happened["swapon"] += 1
             return
         if not self.rig.devices:
             return
@@ -393,8 +513,10 @@ class World:
         def done(task: Running) -> None:
             if isinstance(task.error, SwapoffError) or task.cancelled:
                 assert self.rig.device_of(device).state != "draining"
+                self.happened["swapoff failed"] += not task.cancelled
             else:
                 assert task.error is None, task.error
+                self.happened["swapoff"] += 1
                 self.rig.devices.remove(device)
                 device.close()
 
@@ -438,28 +560,48 @@ class World:
             writeback=choose([True, True, False]),
         )
 
-    def _watch_memory(self) -> None:
-        self.rig.engine.watch_memory(lambda: Free(self._memory_left, "the machine"))
+    def _neighbour_moves(self) -> None:
+        """Another shard grows, shrinks, or writes, of what is limited for all together."""
+        if self._neighbour is None:
+            return
+        day = int(self.rig.clock() // DAY)
+        pool = self.rig.engine.core.settings.pool_max
+        self._neighbour.enter(Column.POOL, self.chooser.choice([0, pool // 4, pool // 2]))
+        self._neighbour.enter(Column.BUDGET_DAY, self.chooser.choice([day, day - 1]))
+        self._neighbour.enter(Column.BUDGET, self.chooser.choice([0, 300 * KIB, 4 * MIB]))
+        columns = self._neighbour.columns_of("7")
+        assert columns is not None
+        for column in columns:
+            self._neighbour.enter(column, self.chooser.choice([0, 100 * KIB]))
+
+    def _neighbour_ends(self) -> None:
+        if self._neighbour is not None:
+            for column in (*Column, *(self._neighbour.columns_of("7") or ())):
+                self._neighbour.enter(column, 0)
 
     def _cancel(self) -> None:
         begun = [t for t in self.scheduler.running if t.steps and not t.name.startswith("close")]
         if begun:
             self.scheduler.cancel(self.chooser.choice(begun))
+            self.happened["an operation cancelled"] += 1
 
     # Kills
 
     def _kill(self) -> None:
         """The process is gone; what it had asked its devices for is done, or never was."""
-        self.kills += 1
-        self._note("kill")
+        self.happened["a kill"] += 1
         for task in self.scheduler.running:
             for request in task.air:
                 if isinstance(request, IoRequest):
                     self._perform_half(request)
             _bury(task.operation)
-        self.scheduler = Scheduler(self.chooser.randrange(1 << 30), self._stepped)
+        seed = self.chooser.randrange(1 << 30)
+        self.happened["a request overtaken"] += self.scheduler.overtaken
+        self.scheduler = self._scheduler(seed)
+        if self.chooser.random() < self.swarm.rates["gone"]:
+            self._device_gone()
         self.rig.recover()
-        self._watch_memory()
+        self._furnish()
         engine = self.rig.engine
         for client in self.clients:
             found = engine.reopen_space(client.key)
@@ -468,19 +610,30 @@ class World:
             if client.task is not None and client.after_kill is not None:
                 client.after_kill()
             client.task = client.after_kill = None
-            assert client.space.slots.slots == len(client.held), client.key
+            self._compare_slots(client)
         for orphan in engine.orphans():
             # A client had gone, and its slots were being freed.
             self.scheduler.start(f"close {orphan.key}", engine.close_space(orphan))
         self._check()
 
+    def _device_gone(self) -> None:
+        """A device cannot be opened again: what lies there is lost, and nothing else."""
+        if there := [device for device in self._devices if not device.gone]:
+            device = self.chooser.choice(there)
+            self._damaged |= self._slots_in(device, [(0, len(device.data))])
+            self._damage_reads += 1
+            device.gone = True
+            self.happened["a device is gone after a kill"] += 1
+
     def _perform_half(self, request: IoRequest) -> None:
         """What a device does for a process that dies: all, nothing, or the beginning."""
+        if not isinstance(request.device, FaultyDevice):
+            return
         what = self.chooser.choice(["all", "nothing", "beginning"])
         if what == "all":
             request.perform()
         elif what == "beginning" and request.kind is IoKind.WRITE:
-            assert isinstance(request.device, UnkindDevice)
+            self.happened["a write cut off by a kill"] += 1
             start = request.extent * EXTENT_BYTES + request.offset
             arrived = BLOCK_BYTES * self.chooser.randrange(len(request.data) // BLOCK_BYTES)
             request.device.data[start : start + arrived] = request.data[:arrived]
@@ -498,18 +651,24 @@ class World:
     def step(self) -> None:
         """A moment: something may be asked for, something may happen, something goes on."""
         rates, chance = self.swarm.rates, self.chooser.random
-        if len(self.clients) < 3:
+        self._moment += 1
+        self._finish_due()
+        if len(self.clients) < self.swarm.clients:
             self._open()
-        idle = [client for client in self.clients if client.task is None]
-        if idle and chance() < 0.6:
-            self._ask(self.chooser.choice(idle))
+        for client in self.clients:
+            if client.task is None and chance() < self.swarm.eager:
+                self._ask(client)
         happenings: list[tuple[str, Callable[[], None]]] = [
             ("stir", self._stir),
+            ("shrink", self._shrink),
             ("swap", self._swap),
             ("settings", self._set),
             ("flip", self._flip),
+            ("full disk", self._disk_full),
+            ("hang", self._hang),
             ("dies", self._device_dies),
             ("cancel", self._cancel),
+            ("neighbour", self._neighbour_moves),
             ("kill", self._kill),
             ("close", lambda: self._close(self.chooser.choice(self.clients))),
         ]
@@ -521,6 +680,14 @@ class World:
         for _ in range(self.chooser.randint(0, 5)):
             self.scheduler.step()
         self._note((self.pages, self.lost, len(self.scheduler.running)))
+
+    def _finish_due(self, *, all_of_it: bool = False) -> None:
+        """End what was to last for a while."""
+        due = [end for moment, end in self._later if all_of_it or moment <= self._moment]
+        if due:
+            self._later = [later for later in self._later if later[1] not in due]
+            for end in due:
+                end()
 
     def run(self, moments: int) -> None:
         """So many moments, then the end.
@@ -534,6 +701,8 @@ class World:
 
     def _end(self) -> None:
         """Let everything finish, compare every page, free everything, and look for remains."""
+        self._finish_due(all_of_it=True)
+        self._neighbour_ends()
         self.scheduler.drain()
         for client in self.clients:
             if client.again is not None:
@@ -547,17 +716,28 @@ class World:
         for client in self.clients:
             self.rig.close(client.space)
         self.rig.settle()
+        for _ in range(40):
+            self.rig.clock.advance(_LONGEST_PAUSE_S)
+            self.rig.settle()
         core, picture = self.rig.engine.core, self.rig.engine.snapshot()
         self._check()
+        assert not any(device.map.retired for device in core.devices), "extents are out of use"
         assert (picture.slots.allocated, picture.table_bytes, picture.pool.bytes) == (0, 0, 0)
         assert not any(device.used_bytes for device in picture.devices)
         assert not any(device.pins.any() for device in core.devices)
         assert all(group.device_pending == 0 for group in core.groups)
         assert core.budget_pending == 0
+        self.happened["a request overtaken"] += self.scheduler.overtaken
+
+    def _compare_slots(self, client: Client) -> None:
+        """A client has the slots that it was told of, and no others."""
+        found = self.rig.engine.slots_after(client.space, 0, 1 << 30)
+        assert found.tolist() == sorted(client.held), client.key
+        assert client.space.slots.slots == len(client.held), client.key
 
     def _compare(self, client: Client) -> None:
         backed = {slot: page for slot, page in client.held.items() if page is not None}
-        assert client.space.slots.slots == len(client.held)
+        self._compare_slots(client)
         found = self.rig.peek(client.space, np.array(list(backed), np.uint64))
         for (slot, expected), got in zip(backed.items(), found, strict=True):
             if got is None:
@@ -565,6 +745,12 @@ class World:
                 assert number in self._damaged, f"slot {slot:#x} was lost by nothing"
             else:
                 assert got == expected, f"slot {slot:#x} has other bytes"
+
+
+def _empty(devices: list[FaultyDevice]) -> None:
+    """There is room on their disk again."""
+    for device in devices:
+        device.full = False
 
 
 def _bury(operation: object) -> None:

@@ -26,6 +26,7 @@ from vswapd.control import KeptDevice
 from vswapd.device_moves import Drained
 from vswapd.errors import PageLostError
 from vswapd.groups import Space
+from vswapd.ledger import Ledger
 from vswapd.memory import ShardMemory
 from vswapd.settings import GroupLimits, Settings
 from vswapd.swap_table import Tag, places_of, tags_of
@@ -125,6 +126,8 @@ class UnkindDevice:
         self.encrypted = False
         self.data = bytearray(extents * EXTENT_BYTES)
         self.closed = False
+        self.gone = False
+        """Whether nobody can open it again: see Rig.reopen."""
         self.reads = 0
         self.writes = 0
         self.discards = 0
@@ -281,7 +284,7 @@ class Rig:
 
     def reopen(self, kept: KeptDevice) -> tuple[BlockDevice, None] | None:
         """The device of that path, if it is still there."""
-        return next(((d, None) for d in self.devices if d.path == kept.path), None)
+        return next(((d, None) for d in self.devices if d.path == kept.path and not d.gone), None)
 
     def settle(self) -> None:
         """Let the shrinker finish what becomes due by time alone."""
@@ -400,6 +403,7 @@ def make_engine(
     devices: Sequence[int] = (),
     clock: Clock | None = None,
     make_device: Callable[[int, str], UnkindDevice] = UnkindDevice,
+    ledger: Ledger | None = None,
     **settings: Any,
 ) -> Rig:
     """An engine of its own.
@@ -410,12 +414,13 @@ def make_engine(
         devices: extents of the devices to put into use, `mem0`, `mem1`, ..., all of priority 0.
         clock: the engine's time; its own by default.
         make_device: see Rig.
+        ledger: what it shares its limits through; by default it is alone.
         settings: any other field of Settings.
     """
     clock = clock or Clock()
     settings.setdefault("max_slots", 1 << 16)
     chosen = Settings(pool_max=pool_max, **settings)
-    engine = Engine.create(chosen, clock, arena_bytes=arena_bytes)
+    engine = Engine.create(chosen, clock, arena_bytes=arena_bytes, ledger=ledger)
     rig = Rig(engine, clock, make_device=make_device)
     for extents in devices:
         rig.swapon(extents)

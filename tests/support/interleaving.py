@@ -3,7 +3,8 @@
 Invariants:
 - An operation is resumed only when what it asked for is there: its own requests performed, or, for
   WAIT, a step of somebody else's taken since.
-- Between two steps of operations, requests are performed one at a time, in any order.
+- Between two steps of operations, requests are performed one at a time, in any order. Those of a
+  device that hangs wait until it does not any more, or until nothing else can be done.
 - The same seed gives the same history.
 
 This module must not know what operations do.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Final
 
 from vswapd.errors import EngineError
@@ -130,12 +131,31 @@ class StuckError(AssertionError):
 class Scheduler:
     """Interleaves operations and their requests, at the whim of a seed."""
 
-    def __init__(self, seed: int, check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        seed: int,
+        check: Callable[[], None],
+        *,
+        hanging: Collection[object] = (),
+        slow: float = 0.0,
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            seed: what decides.
+            check: called after each step.
+            hanging: devices that hang at any time; the caller's to change.
+            slow: how often a request is put off for a step that can be taken instead.
+        """
         self.chooser: Final = random.Random(seed)
         self.running: Final[list[Running]] = []
         self.history: Final[list[str]] = []
         """What was done, for whoever has to understand a failure."""
+        self.overtaken = 0
+        """Requests that another one of their operation, asked for later, was performed before."""
         self._check = check
+        self._hanging = hanging
+        self._slow = slow
         self._news = 0
 
     def start(
@@ -146,23 +166,32 @@ class Scheduler:
         self.running.append(task)
         return task
 
-    def _choices(self) -> Iterator[tuple[str, Running]]:
+    def _choices(self, hanging: Collection[object]) -> Iterator[tuple[str, Running]]:
         for task in self.running:
-            if task.air:
+            if task.air and (not hanging or _ready(task, hanging)):
                 yield "perform", task
             if not task.waits_for_io and (task.need is not WAIT or self._news > task.heard):
                 yield "advance", task
 
     def step(self) -> bool:
         """Perform one request or advance one operation; False if there is nothing to do."""
-        choices = list(self._choices())
+        hanging = self._hanging
+        choices = list(self._choices(hanging))
+        if not choices and hanging:
+            hanging = ()
+            choices = list(self._choices(hanging))
         if not choices:
             if self.running:
                 raise StuckError([(task.name, task.need) for task in self.running])
             return False
+        if self._slow and self.chooser.random() < self._slow:
+            choices = [choice for choice in choices if choice[0] == "advance"] or choices
         what, task = self.chooser.choice(choices)
         if what == "perform":
-            request = task.air.pop(self.chooser.randrange(len(task.air)))
+            ready = _ready(task, hanging)
+            index = ready[self.chooser.randrange(len(ready))]
+            self.overtaken += index > 0
+            request = task.air.pop(index)
             request.perform()
             done = "work"
             if isinstance(request, IoRequest):
@@ -202,6 +231,15 @@ class Scheduler:
             if not self.step():
                 return
         raise StuckError([(task.name, task.need) for task in self.running])
+
+
+def _ready(task: Running, hanging: Collection[object]) -> list[int]:
+    """Which of the requests that an operation has in the air can be performed: by index."""
+    return [
+        index
+        for index, request in enumerate(task.air)
+        if not (hanging and isinstance(request, IoRequest) and request.device in hanging)
+    ]
 
 
 def _brief(what: object) -> str:

@@ -32,6 +32,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from simulation.codecs import Remembering
 from simulation.devices import FaultyDevice, Span
 from simulation.swarm import Swarm
 from support.engine import DAY, KIB, MIB, Rig, ids, make_engine, numbers_of, page
@@ -152,6 +153,13 @@ class World:
         engine.watch_memory(lambda: Free(self._memory_left, "the machine"))
         engine.on_pressure = lambda: None
         engine.shrinker.recompression.cpu_clock = self._cpu_clock
+        self._remember()
+
+    def _remember(self) -> None:
+        """Pages are compressed once; to be called when there may be codecs that there were not."""
+        for pool in self.rig.engine.core.zswap.pools:
+            if not isinstance(pool.codec, Remembering):
+                pool.codec = Remembering(pool.codec)
 
     def _scheduler(self, seed: int) -> Scheduler:
         return Scheduler(seed, self._stepped, hanging=self._hanging, slow=self.swarm.slow)
@@ -527,8 +535,10 @@ class World:
         match choose(self.swarm.settings):
             case "codec":
                 self.rig.set(codec=choose(["lz4", "lz4hc:1", "zstd:1"]))
+                self._remember()
             case "dense":
                 self.rig.set(dense=choose(["", "zstd:1", "zstd:3"]), dense_age=choose([0.0, 5.0]))
+                self._remember()
             case "pool":
                 self.rig.set(pool_max=choose([300 * KIB, 700 * KIB, 2 * MIB]))
             case "enabled":

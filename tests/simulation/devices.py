@@ -98,7 +98,10 @@ class FaultyDevice(UnkindDevice):
         try:
             super().write(extent, offset, data)
         except WriteError:
-            # Garbage, but one that everybody knows of.
+            # Garbage, at least the last block of it; but everybody knows.
+            blocks = len(data) // BLOCK_BYTES
+            arrived = BLOCK_BYTES * self.chooser.randrange(blocks)
+            self.data[begin + arrived : end] = b"\xee" * (end - begin - arrived)
             self._sound_again(begin, end)
             raise
         self._sound_again(begin, begin + self._arrived)

@@ -53,6 +53,8 @@ class Swarm:
     """What clients ask for; what stands more often is asked for more often."""
     shards: int
     """How many share the limits; one of them is the engine."""
+    pool_enabled: bool
+    """Whether there is a pool at first; without one, pages go straight to devices."""
     dense: str
     """What old pages are compressed with again at first."""
     compute_s: float
@@ -102,6 +104,7 @@ class Swarm:
             picks=chooser.choice(["random", "oldest", "run"]),
             verbs=chooser.choice(VERBS),
             shards=chooser.choice([1, 1, 2]),
+            pool_enabled=chooser.random() < 0.8,
             dense="",
             compute_s=chooser.choice([0.001, 0.001, 0.05, 0.5]),
         )
@@ -124,4 +127,5 @@ class Swarm:
         self.verbs = ["new", "new", "over", *chooser.choice(VERBS)]
         self.settings = chooser.choice([["dense"], ["codec", "dense", "rate", "verify", "idle"]])
         self.rates["close"] = 0.0
+        self.pool_enabled = True
         self.dense = chooser.choice(["", "zstd:1", "zstd:3"])

@@ -33,6 +33,7 @@ def test_an_error_is_no_damage() -> None:
     with pytest.raises(WriteError):
         failing.write(0, 0, bytes(BLOCK_BYTES))
     assert failing.damage == []
+    assert any(failing.data[:BLOCK_BYTES])
 
 
 def test_a_write_makes_sound_again() -> None:

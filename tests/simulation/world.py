@@ -107,6 +107,7 @@ class World:
             default_group=self.swarm.limits,
             make_device=self._make_device,
             ledger=Ledger(region),
+            pool_enabled=self.swarm.pool_enabled,
             dense=self.swarm.dense,
             dense_age=0.0,
         )

@@ -276,7 +276,7 @@ def test_the_journal_is_not_flooded(shards: int) -> None:
             good.done("drop", name="again and again")
         lines = [line for line in daemon.log.splitlines() if "refused" in line or "drop" in line]
         assert len(lines) == 1, lines
-        assert f" {os.getpid()} was refused" in lines[0]
+        assert f" {os.getpid()} of user {os.getuid()} was refused" in lines[0]
 
 
 def test_small_replies_that_are_not_read_hold_no_memory(daemon: RunningDaemon) -> None:

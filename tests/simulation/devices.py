@@ -78,6 +78,11 @@ class FaultyDevice(UnkindDevice):
         self.damage.append((at, at + 1))
         self.happened["flipped bit"] += 1
 
+    def spoil(self) -> None:
+        """A block cannot be read any more, whatever is written to it."""
+        self.bad_blocks.add(self.chooser.randrange(len(self.data) // BLOCK_BYTES))
+        self.happened["a bad block"] += 1
+
     def read(self, extent: int, offset: int, length: int) -> memoryview:
         """See BlockDevice."""
         begin = extent * EXTENT_BYTES + offset

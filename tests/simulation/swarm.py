@@ -85,6 +85,8 @@ class Swarm:
                 "stir": 0.05 + some(0.3),
                 "shrink": 0.02 + some(0.5),
                 "flip": some(0.03),
+                "bad block": some(0.03),
+                "give up": some(1.0),
                 "tear": some(0.05),
                 "read error": some(0.1),
                 "write error": some(0.2),

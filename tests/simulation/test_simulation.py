@@ -56,6 +56,10 @@ def _nothing(*_: object) -> None:
     """What should be done is not."""
 
 
+def _nobody_reads_again(*_: object) -> list[IoRequest]:
+    return []
+
+
 perform = IoRequest.perform
 
 
@@ -65,6 +69,7 @@ perform = IoRequest.perform
         (IoRequest, "perform", _no_write_fails),
         (SwapDevices, "_checked", _any_check_agrees),
         (SwapDevices, "abandon", _nothing),
+        (SwapDevices, "_apart", _nobody_reads_again),
         (recovery, "_finish_request", _nothing),
         (Retrial, "look", _nothing),
     ],

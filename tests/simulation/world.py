@@ -40,13 +40,13 @@ from support.interleaving import Running, Scheduler
 from vswap.protocol import Reason
 from vswapd.clusters import slots_of
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
-from vswapd.groups import Space
+from vswapd.groups import Group, Space
 from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.pressure import Free
 from vswapd.settings import GroupLimits
 from vswapd.shrinker import Doing
 from vswapd.swap_table import CLUSTER_SHIFT, Tag, places_of, tags_of
-from vswapd_backends.base import U64, IoKind, IoRequest
+from vswapd_backends.base import I64, U64, IoKind, IoRequest
 from vswapd_backends.segment import CHECK_BYTES
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
@@ -63,7 +63,7 @@ EVENTS: Final = (
     *("damage read", "a request in the air for long", "a request overtaken", "a device dies"),
     *("a kill", "a write cut off by a kill", "a device is gone after a kill", "a page lost"),
     *("an operation cancelled", "a wrong slot refused", "extents in use again"),
-    *("swapon", "swapoff", "swapoff failed"),
+    *("swapon", "swapoff", "swapoff failed", "a bad block", "a page given up"),
     *(f"rejected: {reason.word}" for reason in Reason),
     *(f"shrinker: {doing}" for doing in Doing if doing is not Doing.IDLE),
 )
@@ -155,6 +155,19 @@ class World:
         engine.on_pressure = lambda: None
         engine.shrinker.recompression.cpu_clock = self._cpu_clock
         self._remember()
+        lose = engine.core.lose
+
+        def watched(numbers: I64, expected: U64, group: Group) -> int:
+            """What is given up is damaged, or could not be read by itself."""
+            still = engine.core.words_now(numbers) == expected
+            given_up = set(numbers[still].tolist())
+            unread = (self._alone_in(d, d.failed_reads) for d in self._devices)
+            assert given_up <= self._damaged.union(*unread), "what can be read was given up"
+            self._damaged |= given_up
+            self.happened["a page given up"] += len(given_up)
+            return lose(numbers, expected, group)
+
+        engine.core.lose = watched  # type: ignore[method-assign]
 
     def _remember(self) -> None:
         """Pages are compressed once; to be called when there may be codecs that there were not."""
@@ -204,6 +217,24 @@ class World:
         for begin, end in spans:
             found |= set(numbers[(begins < end) & (ends > begin)].tolist())
         return found
+
+    def _alone_in(self, device: FaultyDevice, spans: list[Span]) -> set[int]:
+        """The same of entries for which alone just these spans would be read."""
+        wanted = set(spans)
+        found = set()
+        for number in self._slots_in(device, spans):
+            places = places_of(self.rig.engine.core.table.words[number : number + 1])
+            _, extent = self.rig.engine.core.devices.device_of(places.number.item())
+            begin = extent * EXTENT_BYTES + places.offset.item()
+            end = begin + CHECK_BYTES + places.length.item()
+            blocks = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+            if (blocks[0] * BLOCK_BYTES, blocks[1] * BLOCK_BYTES) in wanted:
+                found.add(number)
+        return found
+
+    def _bad_block(self) -> None:
+        if self.rig.devices:
+            self.chooser.choice(self._devices).spoil()
 
     def _flip(self) -> None:
         """A bit of a device changes by itself."""
@@ -399,7 +430,8 @@ class World:
         lost -= self._damaged
         for device in self._devices:
             if lost:
-                lost -= self._slots_in(
+                # Neighbours are read together, but none is lost by what another one lies on.
+                lost -= self._alone_in(
                     device, device.failed_reads[failed_before.get(device.path, 0) :]
                 )
         assert not lost, f"slot numbers {sorted(lost)} were lost by nothing"
@@ -529,7 +561,9 @@ class World:
                 self.rig.devices.remove(device)
                 device.close()
 
-        self.scheduler.start(name, self.rig.engine.swapoff(device.path), done)
+        give_up = self.chooser.random() < self.swarm.rates["give up"]
+        operation = self.rig.engine.swapoff(device.path, give_up=give_up)
+        self.scheduler.start(name, operation, done)
 
     def _set(self) -> None:
         choose = self.chooser.choice
@@ -675,6 +709,7 @@ class World:
             ("swap", self._swap),
             ("settings", self._set),
             ("flip", self._flip),
+            ("bad block", self._bad_block),
             ("full disk", self._disk_full),
             ("hang", self._hang),
             ("dies", self._device_dies),
@@ -721,6 +756,7 @@ class World:
         self.scheduler.drain()
         for device in self.rig.devices:
             device.fails = None
+            device.bad_blocks.clear()
         self.swarm.rates["read error"] = 0.0
         for client in self.clients:
             self._compare(client)

@@ -199,6 +199,8 @@ class DeviceMoves:
             moving = yield from self._read(number)
             if moving is not None:
                 return (yield from self._move(moving, device, extent))
+            if not device.live_entries[extent]:
+                return 0  # all of it was freed or overwritten meanwhile
             moving, unreadable = yield from self._read_apart(number)
             moved = yield from self._move(moving, device, extent)
             if (core.words_now(unreadable.numbers) == unreadable.words).any():

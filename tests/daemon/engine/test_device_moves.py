@@ -281,6 +281,23 @@ def test_what_is_loaded_or_overwritten_while_it_is_given_up_is_not_lost() -> Non
     rig.check()
 
 
+@pytest.mark.parametrize("give_up", [False, True])
+def test_an_extent_that_is_freed_while_it_cannot_be_read_keeps_nothing(*, give_up: bool) -> None:
+    """There is nothing to read apart any more, and nothing to give up: the device goes."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, _ = _fill(rig, space, 20)
+    device = rig.devices[0]
+    device.fails = lambda kind, _: kind == "read"
+    swapoff = start(rig.engine.swapoff("mem0", give_up=give_up))
+    swapoff.until_io()
+    swapoff.perform()
+    rig.free(space, slots)
+    swapoff.finish()
+    assert swapoff.result == (0, 0)
+    rig.check()
+
+
 @pytest.mark.parametrize("where", ["header", "directory"])
 def test_swapoff_survives_a_damaged_header_or_directory(where: str) -> None:
     """The table is the truth: entries are found through it, and no page is lost."""

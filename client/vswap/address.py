@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import socket
 import stat
 import sys
@@ -111,6 +112,15 @@ def open_socket(
         else:
             return sock, candidate.path.absolute()
     raise search.failure()
+
+
+def hung_up(sock: socket.socket) -> bool:
+    """Whether nobody is at the other end of a connection any more; nothing is read for that."""
+    if sock.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(sock, 0)  # POLLHUP is told in any case
+    return bool(poll.poll(0))
 
 
 def unconnected_socket(candidate: Candidate) -> socket.socket:

@@ -471,9 +471,11 @@ class AsyncConnection:
         for task in self._returning.values():
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
-        for shard, lane in self._lanes.items():
+        gone = [shard for shard, lane in self._lanes.items() if lane.gone]
+        for lane in self._lanes.values():
             lane.close()
-            if shard in self._returning and self._forgo is not None:
+        if self._forgo is not None:
+            for shard in {*gone, *self._returning}:
                 self._forgo(shard)
         self._routes.clear()
         waiting, self._waiting = self._waiting, {}

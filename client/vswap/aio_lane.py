@@ -20,7 +20,7 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
-from vswap.address import Candidate, Search, unconnected_socket
+from vswap.address import Candidate, Search, hung_up, unconnected_socket
 from vswap.conversation import Conversation
 from vswap.errors import Broken, VswapError
 from vswap.window import receive
@@ -123,6 +123,11 @@ class AsyncLane:
         self._closed = False
         self._unheard = True
         self._loop.add_reader(sock, self._read)
+
+    @property
+    def gone(self) -> bool:
+        """Whether the daemon's end has gone, whether the loop has seen it or not."""
+        return self._closed or hung_up(self._sock)
 
     def interrupt(self) -> None:
         """Let go of the socket; calls wait until `resume`, those too that come meanwhile."""

@@ -29,7 +29,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping, VswapError
+from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping
 
 if TYPE_CHECKING:
     from vswap.lane import Lane
@@ -88,11 +88,6 @@ class Connection:
         """Close it; the daemon then frees the space. A call in another thread is waited for."""
         self._refuse_within()
         with self._lock:
-            if self._forgo is not None and self._why_closed is None:
-                for lane in self._lanes.values():
-                    # One that has died since the last call is not known to have.
-                    with contextlib.suppress(VswapError):
-                        lane.pull()
             self._shut(why)
 
     def run(self, call: Call) -> None:
@@ -183,10 +178,13 @@ class Connection:
     def _shut(self, why: str) -> None:
         if self._why_closed is None:
             self._why_closed = why
+            # Those, too, that have died since the last call, or while it waited for another one.
+            gone = [lane.shard for lane in self._lanes.values() if lane.gone]
             for lane in self._lanes.values():
                 lane.close()
-                if lane.broken and self._forgo is not None:
-                    self._forgo(lane.shard)
+            if self._forgo is not None:
+                for shard in gone:
+                    self._forgo(shard)
 
     # Lanes
 

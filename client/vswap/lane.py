@@ -24,6 +24,7 @@ import socket
 import struct
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from vswap.address import hung_up
 from vswap.conversation import Conversation
 from vswap.errors import Broken, NoDaemon, Stopping, TimedOut
 from vswap.protocol import MAX_BATCH
@@ -71,6 +72,11 @@ class Lane:
         whole = int(seconds or 0)
         value = (0, 0) if seconds is None else (whole, max(1, int((seconds - whole) * 1e6)))
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*value))
+
+    @property
+    def gone(self) -> bool:
+        """Whether the daemon's end has gone, whether that was noticed or not."""
+        return self.broken or hung_up(self.sock)
 
     def reopen(self, sock: socket.socket) -> None:
         """Go on over another socket. HELLO is to be said there, then `conversation.resume`."""

@@ -626,11 +626,31 @@ def test_who_closes_while_the_daemon_is_away_leaves_nothing(shards: int, *, back
         await_slots(manager, 0)
 
 
-def test_who_gives_the_daemon_up_leaves_nothing() -> None:
-    """Its patience is over before the daemon is back."""
-    with service("server.shards=1", "pool.max=32M", "server.resume_timeout=1s") as manager:
+@EACH
+def test_who_closes_before_the_loop_has_seen_that_the_daemon_is_away_leaves_nothing(
+    shards: int,
+) -> None:
+    """Whether it is there is looked at, not remembered."""
+    settings = (f"server.shards={shards}", "pool.max=32M", "server.resume_timeout=1s")
+
+    async def scenario(manager: ServiceManager) -> None:
+        async with vswap.aio.connect(manager.socket_path) as space:
+            await space.store(noise(500))
+            manager.kill()
+
+    with service(*settings) as manager:
+        asyncio.run(scenario(manager))
+        manager.start()
+        await_slots(manager, 0)
+
+
+@EACH
+def test_who_gives_the_daemon_up_leaves_nothing(shards: int) -> None:
+    """Its patience is over before the daemon is back: on no shard, whichever it has asked last."""
+    settings = (f"server.shards={shards}", "pool.max=32M", "server.resume_timeout=1s")
+    with service(*settings) as manager:
         space = vswap.connect(manager.socket_path, patience=0.05)
-        space.store(noise(50))
+        space.store(noise(500))
         manager.kill()
         with pytest.raises(vswap.ConnectionLost):
             space.ping()

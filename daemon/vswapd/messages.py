@@ -21,8 +21,9 @@ class Serve:
     """A connection, its descriptor with it."""
 
     place: int | None
-    """The user whose place it takes; None: it asks for a space that has its first connection, and a
-    place, already."""
+    """The user whose place it takes; None: it says a token, so it asks for a space that has its
+    first connection, and a place, already, or it comes back for one. How many of those there may be
+    is for the shard to say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,6 +236,8 @@ class Session:
                 self.space = self._context.engine.reopen_space(key, holder=holder)
                 if self.space is None:
                     return failure(header, Status.SPACE_LOST, "the space is not here any more")
+                # Whoever comes back says a token, also on what was the first connection.
+                self.joined = self.space.joined
                 last = self._context.engine.last_answer(self.space)
             else:
                 self.space = self._open(name, key, named or "", holder)

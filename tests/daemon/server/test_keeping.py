@@ -70,6 +70,17 @@ def test_pages_outlive_a_kill(manager: ServiceManager) -> None:
             assert control.status()["slots"]["allocated"] == 500
 
 
+def test_clients_that_have_come_back_are_counted_as_before(manager: ServiceManager) -> None:
+    """One connection of each is a client, whether it is the first one that there was or not."""
+    with connected(manager) as space:
+        slots = space.store(noise(600))
+        before = status(manager)["clients"]
+        manager.kill()
+        manager.start()
+        space.load(slots)
+        assert status(manager)["clients"] == before
+
+
 def test_pages_outlive_a_restart(manager: ServiceManager) -> None:
     """A stop that is followed by a start: an upgrade, say."""
     with connected(manager) as space:

@@ -56,7 +56,8 @@ class ChannelClosedError(Exception):
 
 
 Handler = Callable[[Any, list[int]], Awaitable[Any]]
-"""Carries out a request or takes news; owns the descriptors. What it raises goes back."""
+"""Carries out a request or takes news; owns the descriptors, of which there are none for news whose
+descriptors could not be received. What it raises goes back."""
 
 
 class Channel:
@@ -178,7 +179,9 @@ class Channel:
         del self._input[:end]
         if len(self._descriptors) < count:
             self._refuse(kind, number)
-            return True
+            if kind == _REQUEST:
+                return True
+            count = 0
         descriptors = [self._descriptors.popleft() for _ in range(count)]
         if kind in {_VALUE, _ERROR}:
             answer = self._asked.get(number)
@@ -198,7 +201,7 @@ class Channel:
         while self._descriptors:
             os.close(self._descriptors.popleft())
         text = "no more descriptors are to be had: raise RLIMIT_NOFILE"
-        _LOG.error("a message was dropped: %s", text)
+        _LOG.error("a message came without what goes with it: %s", text)
         if kind == _REQUEST:
             self._send(_ERROR, number, OutOfServiceError(text), ())
 

@@ -185,7 +185,10 @@ class ShardProcess:
             case Serve(place):
                 # What it says later may be something else: what was counted is what is taken off.
                 gone = partial(self._channel.tell, Parted(place))
-                shard.server.welcome(socket.socket(fileno=descriptors[0]), gone)
+                if descriptors:
+                    shard.server.welcome(socket.socket(fileno=descriptors[0]), gone)
+                else:
+                    gone()  # it was lost on the way
             case Tell():
                 return self._state()
             case Carry(request):

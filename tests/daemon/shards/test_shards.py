@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -324,6 +325,27 @@ def test_a_client_that_a_shard_refuses_has_no_place() -> None:
             watcher.ask(STATUS)  # the shard has said so before it answers
         for _ in range(2):
             opened.enter_context(on_shard(small, 1)).assert_in_step()
+
+
+def test_a_client_whose_connection_a_shard_cannot_receive_has_no_place() -> None:
+    """It has no descriptor left for it: what was lost on the way is not counted for ever."""
+    with (
+        running_daemon("server.shards=2", "server.max_connections=3") as small,
+        on_shard(small, 0) as watcher,
+        contextlib.ExitStack() as opened,
+    ):
+        limits = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in children(small)}
+        for pid, (_, hard) in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        for _ in range(3):
+            with Wire(small.socket_path) as lost:
+                lost.socket.sendall(lost.frame(HELLO, b'{"shard": 0}'))
+                lost.assert_closed()
+            watcher.ask(STATUS)  # the shard has said so before it answers
+        for pid, before in limits.items():
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        for _ in range(2):
+            opened.enter_context(on_shard(small, 0)).assert_in_step()
 
 
 def test_a_shard_is_killed_while_it_is_asked() -> None:

@@ -79,7 +79,8 @@ async def open_connection(
         found, silence_s, client, peer.token, home.shard, window, patience_s, peer.kept, name
     )
     resume = door.resume if patience_s else None
-    forgo = door.forgo if patience_s and not name else None
+    # Also without patience: the daemon does not know that nobody will come back.
+    forgo = door.forgo if peer.resumable and not name else None
     connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume, forgo)
     return connection, peer, window
 

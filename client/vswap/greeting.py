@@ -73,10 +73,12 @@ def greet(
         return hello(client, control=control, window_bytes=window, name=name)
 
     home, peer, found, shared = _first_lane(path, timeout, call, patience)
-    patience = patience if peer.resumable and not control else 0.0
+    kept = peer.resumable and not control
+    patience = patience if kept else 0.0
     door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)
     resume = door.resume if patience else None
-    forgo = door.forgo if patience and not name else None
+    # Also without patience: the daemon does not know that nobody will come back.
+    forgo = door.forgo if kept and not name else None
     return Connection(home, peer.shards, timeout, door.open_lane, resume, forgo), peer, shared
 
 

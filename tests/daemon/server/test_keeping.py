@@ -656,11 +656,12 @@ def test_who_closes_before_the_loop_has_seen_that_the_daemon_is_away_leaves_noth
 
 
 @EACH
-def test_who_gives_the_daemon_up_leaves_nothing(shards: int) -> None:
+@pytest.mark.parametrize("patience", [0, 0.05])
+def test_who_gives_the_daemon_up_leaves_nothing(shards: int, patience: float) -> None:
     """Its patience is over before the daemon is back: on no shard, whichever it has asked last."""
     settings = (f"server.shards={shards}", "pool.max=32M", "server.resume_timeout=1s")
     with service(*settings) as manager:
-        space = vswap.connect(manager.socket_path, patience=0.05)
+        space = vswap.connect(manager.socket_path, patience=patience)
         space.store(noise(500))
         manager.kill()
         with pytest.raises(vswap.ConnectionLost):

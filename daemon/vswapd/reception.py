@@ -110,8 +110,7 @@ class Reception:
         serve = Serve(None if joins else uid)
         self.seat(child, serve.place)
         if child.there.is_set():
-            with sock:
-                child.channel.tell(serve, [sock.fileno()])
+            self._send(sock, child, serve)
         else:
             self._later(self._hand_over_later(sock, child, serve))
 
@@ -136,12 +135,21 @@ class Reception:
         child.places.clear()
         child.connections = 0
 
-    @staticmethod
-    async def _hand_over_later(sock: socket.socket, child: Child, serve: Serve) -> None:
+    async def _hand_over_later(self, sock: socket.socket, child: Child, serve: Serve) -> None:
         """To a shard that is being started again."""
         with sock:
             await child.there.wait()
-            child.channel.tell(serve, [sock.fileno()])
+            self._send(sock, child, serve)
+
+    def _send(self, sock: socket.socket, child: Child, serve: Serve) -> None:
+        with sock:
+            try:
+                child.channel.tell(serve, [sock.fileno()])
+            except OSError as error:
+                # It takes one more descriptor while it is on its way.
+                self.unseat(child, serve.place)
+                why = f"it cannot be handed to a shard: {error.strerror}: raise RLIMIT_NOFILE"
+                self._refusals.refuse(sock, why, self._loop.time())
 
 
 def _peek(sock: socket.socket) -> bytes | None:

@@ -68,9 +68,6 @@ from vswapd_blockdev.device import OpenError
 _LOG: Final = logging.getLogger(__name__)
 _ATTEMPTS: Final = 3
 """How often a shard that dies over a message is asked again."""
-_HELLO_S: Final = 1.0
-"""How long the first request of a connection is waited for before it is handed over without."""
-_MOST_HELLO: Final = 4096
 _MOST_DEATHS: Final = 5
 _DEATHS_S: Final = 10.0
 _PAUSE_S: Final = 1.0

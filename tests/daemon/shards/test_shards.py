@@ -348,6 +348,27 @@ def test_a_client_whose_connection_a_shard_cannot_receive_has_no_place() -> None
             opened.enter_context(on_shard(small, 0)).assert_in_step()
 
 
+def test_a_client_that_cannot_be_handed_over_has_no_place() -> None:
+    """Its connection has taken the last descriptor: none is left to send it with."""
+    with (
+        running_daemon("server.shards=2", "server.max_connections=3") as small,
+        contextlib.ExitStack() as opened,
+    ):
+        opened.enter_context(on_shard(small, 0))
+        before = resource.prlimit(small.pid, resource.RLIMIT_NOFILE)
+        open_now = {int(entry.name) for entry in Path(f"/proc/{small.pid}/fd").iterdir()}
+        last = next(fd for fd in range(before[0]) if fd not in open_now)
+        resource.prlimit(small.pid, resource.RLIMIT_NOFILE, (last + 1, before[1]))
+        for _ in range(3):
+            with Wire(small.socket_path) as lost:
+                lost.socket.sendall(lost.frame(HELLO))
+                assert "raise RLIMIT_NOFILE" in lost.reply().text
+                lost.assert_closed()
+        resource.prlimit(small.pid, resource.RLIMIT_NOFILE, before)
+        for _ in range(2):
+            opened.enter_context(on_shard(small, 0)).assert_in_step()
+
+
 def test_a_shard_is_killed_while_it_is_asked() -> None:
     """Whoever waits for the answer of a killed shard is told, and the daemon goes on."""
     with running_daemon("server.shards=2") as daemon:

@@ -235,9 +235,8 @@ class DeviceMoves:
         if sound.all() and self._pool_takes(group, compressed):
             return self._to_pool(moving, compressed, group)
         left = core.budget_left()
-        if left is not None and left < SEGMENT_BYTES:
-            raise SwapoffError(f"{device.device.path}: the write budget is spent; it stays in use")
-        target = yield from self._writeback.take_extent(stream)
+        spent = left is not None and left < SEGMENT_BYTES
+        target = None if spent else (yield from self._writeback.take_extent(stream))
         if target is None and not sound.all():
             good = moving.pick(sound)
             some = good.compressed(stream[0])
@@ -250,6 +249,8 @@ class DeviceMoves:
                     _Named(moving.directory.numbers[~sound], moving.words[~sound]),
                     moved,
                 )
+        if spent:
+            raise SwapoffError(f"{device.device.path}: the write budget is spent; it stays in use")
         if target is None:
             raise SwapoffError(
                 f"{device.device.path}: neither the pool nor another device has room for what lies "

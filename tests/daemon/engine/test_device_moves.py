@@ -259,6 +259,20 @@ def test_only_what_is_stuck_is_given_up() -> None:
     assert rig.swapoff(rig.devices[0], give_up=True) == (99, 1)
 
 
+def test_what_is_damaged_can_be_given_up_without_a_write_budget() -> None:
+    """Nothing is to be written for it: the others go to the pool."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, pages = _fill(rig, space, 100)
+    rig.damage(int(slots[3]), byte=60)
+    rig.set(write_budget=1)
+    with pytest.raises(SwapoffError, match="give"):
+        rig.swapoff(rig.devices[0])
+    assert rig.swapoff(rig.devices[0], give_up=True) == (0, 1)
+    assert rig.peek(space, slots) == [None if i == 3 else p for i, p in enumerate(pages)]
+    rig.check()
+
+
 def test_what_is_loaded_or_overwritten_while_it_is_given_up_is_not_lost() -> None:
     """Given up is the very word that could not be read, not what the slot has by then."""
     rig = make_engine(8 * MIB, devices=[16])

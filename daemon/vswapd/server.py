@@ -62,8 +62,8 @@ class Server:
         self._new_session = new_session
         self._places: Final = Places(max_connections, max_user_connections)
         self._refusals: Final = Refusals()
-        self._connections: dict[Connection, Callable[[], None]] = {}
-        """And whom to tell when one has gone."""
+        self._connections: dict[Connection, tuple[int, Callable[[], None]]] = {}
+        """And the user whose place it has, and whom to tell when it has gone."""
         self._acceptors: list[Acceptor] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._empty = asyncio.Event()
@@ -98,7 +98,7 @@ class Server:
         self._places.take(peer.uid)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         connection = Connection(self, sock, self._new_session(peer))
-        self._connections[connection] = gone
+        self._connections[connection] = peer.uid, gone
         self._empty.clear()
         if self._timer is None:
             self._timer = self.loop.call_later(self.request_timeout / _CHECKS, self._check)
@@ -108,8 +108,8 @@ class Server:
 
     def parted(self, connection: Connection) -> None:
         """See connection.Hub."""
-        gone = self._connections.pop(connection)
-        self._places.give(connection.session.peer.uid)
+        uid, gone = self._connections.pop(connection)
+        self._places.give(uid)
         gone()
         if not self.stopping:
             # At the end there is nothing to be freed for.

@@ -28,8 +28,10 @@ def kill_group(group: int) -> None:
     for pid in _members(group):
         with contextlib.suppress(ProcessLookupError):
             ended = os.pidfd_open(pid)
+            poll = select.poll()
             try:
-                select.select([ended], [], [])
+                poll.register(ended, select.POLLIN)
+                poll.poll()
             finally:
                 os.close(ended)
 

@@ -548,6 +548,8 @@ class EngineMachine(RuleBasedStateMachine):
                 assert tag is Tag.UNBACKED
             elif content == ZERO:
                 assert tag is Tag.ZERO
+            elif slot in self.damaged:
+                assert tag in {Tag.ZSWAP, Tag.PHYS, Tag.LOST}
             else:
                 assert tag in {Tag.ZSWAP, Tag.PHYS}
         assert space.slots.slots == len(held)

@@ -593,7 +593,8 @@ class EngineMachine(RuleBasedStateMachine):
             device.fails = fails
         assert [(d, d.read_errors) for d in self.rig.engine.core.devices] == before
         assert report.slots == sum(map(len, self.model.values()))
-        assert report.ok == (not self.damaged), report.problems
+        tags = self.rig.tags(ids(*self.damaged))
+        assert report.ok == all(tag is Tag.LOST for tag in tags), report.problems
 
 
 class KilledMachine(EngineMachine):

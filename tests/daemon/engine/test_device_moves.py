@@ -5,13 +5,27 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from support.engine import KIB, MIB, Rig, UnkindDevice, ids, make_engine, numbers_of, page, pages_of
+from support.engine import (
+    KIB,
+    MIB,
+    ZERO,
+    Rig,
+    UnkindDevice,
+    ids,
+    make_engine,
+    numbers_of,
+    page,
+    pages_of,
+)
 from support.interleaving import start
+from vswapd.device_moves import DeviceMoves
 from vswapd.errors import NoSuchDeviceError, PageLostError, SwapoffError
 from vswapd.groups import Space
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of
-from vswapd_backends.base import U64, WAIT, IoBatch, run
+from vswapd_backends.base import I64, PAUSE, U64, WAIT, IoBatch, run
+from vswapd_backends.segment import Directory
+from vswapd_backends.swapdev import SwapDevice
 from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES
 
 BLOCKS = EXTENT_BYTES // BLOCK_BYTES
@@ -242,6 +256,45 @@ def test_what_is_given_up_is_lost_and_keeps_no_device_in_use(bad: str) -> None:
     rig.close(other)
     rig.check()
     assert rig.engine.snapshot().slots.allocated == 0
+
+
+def test_a_dead_device_costs_few_walks_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One finds the entries of many extents, in turns, also if some of them go meanwhile."""
+    rig = make_engine(8 * MIB, devices=[24], max_slots=1 << 18)
+    space = rig.space()
+    clusters = [rig.put(space, [ZERO] * 512) for _ in range(40)]
+    slots, _ = _fill(rig, space, 1200, kind="noise")
+    device = rig.devices[0]
+    device.fails = lambda kind, _: kind == "read"
+    walks: list[int] = []
+    walk = DeviceMoves._walk
+
+    def watched(moves: DeviceMoves, of: SwapDevice, extents: I64) -> object:
+        walks.append(len(extents))
+        return walk(moves, of, extents)
+
+    def never(*_: object) -> Directory:
+        raise AssertionError("a whole walk for one extent")
+
+    monkeypatch.setattr(DeviceMoves, "_walk", watched)
+    monkeypatch.setattr(DeviceMoves, "directory_from_table", never)
+    swapoff = start(rig.engine.swapoff("mem0", give_up=True))
+    pauses = 0
+    while not swapoff.ended:
+        if swapoff.need is PAUSE:
+            pauses += 1
+            if clusters:
+                rig.free(space, clusters.pop())
+            rig.free(space, slots[-5:])
+            slots = slots[:-5]
+        swapoff.perform()
+        swapoff.advance()
+    assert pauses >= 2
+    assert len(walks) == 1
+    assert walks[0] > 10
+    assert sum(swapoff.result) <= 1200
+    assert set(rig.tags(slots)) == {Tag.LOST}
+    rig.check()
 
 
 def test_only_what_is_stuck_is_given_up() -> None:

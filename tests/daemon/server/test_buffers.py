@@ -14,7 +14,7 @@ SIZE: Final = 16 << 20
 CONNECTIONS: Final = 20
 
 
-@pytest.mark.parametrize("largest", [LARGE, SIZE // 3])
+@pytest.mark.parametrize("largest", [LARGE, SIZE // 4])
 def test_no_more_is_out_than_there_is(largest: int) -> None:
     """Whatever is asked for and given back: everybody gets it, in the order of asking."""
     rng = random.Random(largest)
@@ -50,12 +50,23 @@ def test_no_more_is_out_than_there_is(largest: int) -> None:
 def test_each_connection_can_have_a_small_one() -> None:
     """Also while all of the memory for large ones is out, and others wait for it."""
     buffers = Buffers(SIZE, CONNECTIONS)
-    small = SIZE // 2 // CONNECTIONS
-    while buffers.lane(LARGE).take(LARGE, lambda: None):
-        pass
+    small = SIZE * 3 // 8 // CONNECTIONS
+    for amount in (small + 1, LARGE + 1):
+        while buffers.lane(amount).take(amount, lambda: None):
+            pass
     for _ in range(CONNECTIONS):
         assert buffers.lane(small).take(small, lambda: None)
     assert buffers.lane(small) is not buffers.lane(small + 1)
+
+
+def test_large_ones_hold_up_each_other_only() -> None:
+    """However little memory there is, so that hardly anything is small."""
+    buffers = Buffers(SIZE, 1000)
+    while buffers.lane(SIZE // 3).take(SIZE // 3, lambda: None):
+        pass
+    assert buffers.lane(SIZE // 3).crowded
+    for _ in range(4):
+        assert buffers.lane(LARGE).take(LARGE, lambda: None)
 
 
 def test_what_is_larger_than_all_is_served_alone() -> None:
@@ -63,7 +74,7 @@ def test_what_is_larger_than_all_is_served_alone() -> None:
     buffers = Buffers(SIZE, CONNECTIONS)
     lane = buffers.lane(SIZE)
     news: list[str] = []
-    assert lane.take(LARGE, lambda: None)
+    assert lane.take(LARGE + 1, lambda: None)
     assert not lane.take(SIZE, lambda: news.append("granted"))
-    lane.give(LARGE)
+    lane.give(LARGE + 1)
     assert news == ["granted"]

@@ -301,7 +301,7 @@ def test_small_replies_that_are_not_read_hold_no_memory(daemon: RunningDaemon) -
 
 def test_small_requests_never_wait_for_memory() -> None:
     """Also if all other connections have begun a request each, small or huge, and let it lie."""
-    settings = (f"server.buffer_memory={BUFFERS}", "server.max_batch=256", "pool.max=64M")
+    settings = (f"server.buffer_memory={2 * BUFFERS}", "server.max_batch=256", "pool.max=64M")
     with (
         running_daemon(*settings, f"server.max_connections={HOSTILE}") as daemon,
         contextlib.ExitStack() as opened,

@@ -38,7 +38,7 @@ fds = [int(fd) for fd in sys.argv[1].split(",")]
 high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
 for number, fd in enumerate(high, 3):
     os.dup2(fd, number)
-os.closerange(3 + len(fds), 1000)
+os.closerange(3 + len(fds), os.sysconf("SC_OPEN_MAX"))
 os.environ["LISTEN_PID"] = str(os.getpid())
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """

@@ -1,8 +1,7 @@
 """Entries on the move between extents: swapoff drains a device, merging frees sparse extents.
 
-Both read whole extents, find the live entries through their directories, and write them elsewhere
-before any word is flipped. An extent whose directory cannot be read is walked through the table
-instead: the table is the truth, the directory only the shorter way.
+Both read what lives in extents (see `extent_reads`), and write it elsewhere before any word is
+flipped.
 
 Invariants:
 - While a device is being drained no new extent of it is used; if something cannot be moved, it is
@@ -19,46 +18,29 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from vswapd.clusters import slots_of
 from vswapd.core import Core
 from vswapd.errors import NoSuchDeviceError, SwapoffError
+from vswapd.extent_reads import ExtentReads, Live, Named
 from vswapd.fallback import Fallback
 from vswapd.groups import Group
-from vswapd.swap_table import Tag, places_of, tags_of
+from vswapd.swap_table import Tag
 from vswapd.writeback import Cause, Writeback
 from vswapd_backends.base import (
     I64,
-    PAUSE,
     SEGMENT_BYTES,
-    U64,
     WAIT,
-    IoBatch,
-    IoKind,
-    IoRequest,
     Operation,
     Places,
 )
 from vswapd_backends.segment import (
     CAPACITY,
-    CHECK_BYTES,
     Directory,
     ImageBuilder,
-    LayoutError,
-    digests,
-    get_checks,
-    parse_image,
-    put_checks,
-    salted,
 )
 from vswapd_backends.swapdev import SwapDevice, footprint
 from vswapd_backends.zswap import Compressed, Stream
 
-_WALK_CLUSTERS: Final = 16
-"""Clusters of the table that are looked through in one step: 8192 words, 0.3 ms."""
-_WALK_EXTENTS: Final = 256
-"""Extents whose entries one walk of the table finds: it takes 40 ms per million slots in all."""
 _MERGE_AT_ONCE: Final = 8
 """Sparse extents that are read to be merged into one: 2 MiB of buffers."""
 
@@ -71,56 +53,13 @@ class Drained(NamedTuple):
     """Given up: nobody could have read them."""
 
 
-class _Named(NamedTuple):
-    """Slots, and the words by which they were found."""
-
-    numbers: I64
-    words: U64
-
-
 class _StuckError(SwapoffError):
     """Pages of one extent cannot be moved by anybody; others can."""
 
-    def __init__(self, text: str, stuck: _Named, moved: int) -> None:
+    def __init__(self, text: str, stuck: Named, moved: int) -> None:
         super().__init__(text)
         self.stuck = stuck
         self.moved = moved
-
-
-class _Moving:
-    """Live entries of one extent that was read."""
-
-    __slots__ = ("directory", "image", "number", "words")
-
-    def __init__(
-        self, number: int, image: bytearray | memoryview, directory: Directory, words: U64
-    ) -> None:
-        self.number = number
-        self.image = memoryview(image)
-        """With plain checks."""
-        self.directory = directory
-        self.words = words
-
-    def compressed(self, pool: int) -> Compressed:
-        """The entries, ready to be appended elsewhere."""
-        starts = self.directory.offsets
-        lengths = self.directory.lengths
-        ends = starts + CHECK_BYTES + lengths
-        parts = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        return Compressed(pool, b"".join(parts), lengths, int(lengths.sum()))
-
-    def pick(self, which: npt.NDArray[np.bool_]) -> _Moving:
-        """Only those entries."""
-        return _Moving(self.number, self.image, self.directory.pick(which), self.words[which])
-
-    def sound(self) -> npt.NDArray[np.bool_]:
-        """Which entries agree with their checks; shape (n,)."""
-        starts = self.directory.offsets + CHECK_BYTES
-        ends = starts + self.directory.lengths
-        bodies = [self.image[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
-        checks = get_checks(np.frombuffer(self.image, np.uint8), self.directory.offsets)
-        agree: npt.NDArray[np.bool_] = digests(bodies) == checks
-        return agree
 
 
 class DeviceMoves:
@@ -130,6 +69,7 @@ class DeviceMoves:
         self._core = core
         self._writeback = writeback
         self._fallback = fallback
+        self._reads: Final = ExtentReads(core)
 
     # swapoff
 
@@ -205,13 +145,13 @@ class DeviceMoves:
         core, devices = self._core, self._core.devices
         devices.pin(number)
         try:
-            moving = yield from self._read(number)
+            moving = yield from self._reads.read(number)
             if moving is not None:
                 return (yield from self._move(moving, device, extent))
-            live = yield from self._entries_of(device, extent, found)
+            live = yield from self._reads.entries_of(device, extent, found)
             if not len(live):
                 return 0  # all of it was freed or overwritten meanwhile
-            moving, unreadable = yield from self._read_apart(number, live)
+            moving, unreadable = yield from self._reads.read_apart(number, live)
             moved = yield from self._move(moving, device, extent)
             if (core.words_now(unreadable.numbers) == unreadable.words).any():
                 raise _StuckError(
@@ -224,7 +164,7 @@ class DeviceMoves:
         finally:
             devices.unpin(number)
 
-    def _to_pool(self, moving: _Moving, compressed: Compressed, group: Group) -> int:
+    def _to_pool(self, moving: Live, compressed: Compressed, group: Group) -> int:
         """Entries that have room there; returns how many have moved."""
         core = self._core
         numbers = moving.directory.numbers
@@ -233,7 +173,7 @@ class DeviceMoves:
         self._give_up_unflipped(places, flipped)
         return len(flipped)
 
-    def _move(self, moving: _Moving, device: SwapDevice, extent: int) -> Operation[int]:
+    def _move(self, moving: Live, device: SwapDevice, extent: int) -> Operation[int]:
         """To the pool if it has room, else to another device."""
         core = self._core
         stream = self._stream_of(device, extent)
@@ -256,7 +196,7 @@ class DeviceMoves:
                     f"{device.device.path}: pages in extent {extent} are damaged, and loads from "
                     "the pool would not notice; the device stays in use: add another to move them "
                     "to, or give them up",
-                    _Named(moving.directory.numbers[~sound], moving.words[~sound]),
+                    Named(moving.directory.numbers[~sound], moving.words[~sound]),
                     moved,
                 )
         if spent:
@@ -352,9 +292,9 @@ class DeviceMoves:
         held: int | None = target
         try:
             builder = self._builder(buffer, stream)
-            sources: list[tuple[_Moving, I64]] = []
+            sources: list[tuple[Live, I64]] = []
             for number in numbers:
-                moving = yield from self._read(number)
+                moving = yield from self._reads.read(number)
                 if moving is not None and len(moving.directory):
                     sources.append((moving, self._add(builder, moving, stream[0])))
             if not sources:
@@ -381,122 +321,6 @@ class DeviceMoves:
     def _stream_of(device: SwapDevice, extent: int) -> Stream:
         return int(device.pool[extent]), int(device.group[extent])
 
-    def _read(self, number: int) -> Operation[_Moving | None]:
-        """The live entries of a pinned extent; None if it cannot be read."""
-        core = self._core
-        device, extent = core.devices.device_of(number)
-        request = IoRequest(IoKind.READ, device.device, extent, 0, SEGMENT_BYTES)
-        yield IoBatch([request])
-        if request.result is None:
-            device.read_errors += 1
-            return None
-        image = request.result
-        try:
-            header, directory = parse_image(image)
-            damaged = header.sequence != int(device.sequence[extent])
-        except LayoutError:
-            damaged = True
-        if damaged:
-            directory = self.directory_from_table(number)
-        alive, words = core.live_words(Tag.PHYS, number, directory.numbers, directory.offsets)
-        live = directory.pick(alive)
-        if len(live) != int(device.live_entries[extent]):
-            # Intact, but not the directory of what the words name: trust the table.
-            live = self.directory_from_table(number)
-            words = core.table.words[live.numbers]
-        plain = bytearray(image)
-        self._unsalt(plain, live, int(device.sequence[extent]))
-        return _Moving(number, plain, live, words)
-
-    def _entries_of(
-        self, device: SwapDevice, extent: int, found: dict[int, Directory]
-    ) -> Operation[Directory]:
-        """The live entries of a draining device's extent, by the table: nothing on it can be read.
-
-        A walk of the table takes long, and there may be thousands of such extents: it is made in
-        turns, for many at a time. Nothing new comes to stand on the device meanwhile.
-        """
-        core, number = self._core, device.number_of(extent)
-        if not device.live_entries[extent]:
-            return Directory(*np.zeros((3, 0), np.int64))
-        if extent not in found:
-            found.clear()
-            wanted = np.flatnonzero(device.live_entries)
-            wanted = wanted[wanted >= extent][:_WALK_EXTENTS]
-            found.update((yield from self._walk(device, wanted)))
-        noted = found.pop(extent, None)
-        if noted is None:
-            return self.directory_from_table(number)
-        alive, _ = core.live_words(Tag.PHYS, number, noted.numbers, noted.offsets)
-        if len(alive) != int(device.live_entries[extent]):
-            return self.directory_from_table(number)
-        return noted.pick(alive)
-
-    def _walk(self, device: SwapDevice, extents: I64) -> Operation[dict[int, Directory]]:
-        """The entries that the table names in some extents of a device, ascending, by extent."""
-        core = self._core
-        wanted = np.zeros(len(device.live_entries), np.bool_)
-        wanted[extents] = True
-        clusters = core.clusters.open_clusters()
-        numbers: list[I64] = []
-        words: list[U64] = []
-        for start in range(0, len(clusters), _WALK_CLUSTERS):
-            if start:
-                yield PAUSE
-            some = slots_of(clusters[start : start + _WALK_CLUSTERS])
-            found = core.words_now(some)
-            of = places_of(found).number - device.number_of(0)
-            there = (tags_of(found) == Tag.PHYS) & (of >= 0) & (of < len(wanted))
-            there[there] = wanted[of[there]]
-            numbers.append(some[there])
-            words.append(found[there])
-        slots, places = np.concatenate(numbers), places_of(np.concatenate(words))
-        order = np.argsort(places.address, kind="stable")
-        slots, places = slots[order], places.pick(order)
-        of = places.number - device.number_of(0)
-        firsts = np.searchsorted(of, extents)
-        ends = np.searchsorted(of, extents, "right")
-        return {
-            extent: Directory(slots[a:b], places.offset[a:b], places.length[a:b])
-            for extent, a, b in zip(extents.tolist(), firsts.tolist(), ends.tolist(), strict=True)
-        }
-
-    def _read_apart(self, number: int, live: Directory) -> Operation[tuple[_Moving, _Named]]:
-        """Entries of a pinned extent: those that can be read, one by one, and those that cannot."""
-        core, devices = self._core, self._core.devices
-        device, extent = devices.device_of(number)
-        words = core.table.words[live.numbers]
-        plan = devices.plan_reads(Places.within(number, live.offsets, live.lengths))
-        yield from devices.read(plan)
-        image = bytearray(SEGMENT_BYTES)
-        readable = np.zeros(len(live), np.bool_)
-        for index, (entry, at) in enumerate(
-            zip(devices.gather(plan), live.offsets.tolist(), strict=True)
-        ):
-            if entry is not None:
-                image[at : at + len(entry)] = entry
-                readable[index] = True
-        there = live.pick(readable)
-        self._unsalt(image, there, int(device.sequence[extent]))
-        left = _Named(live.numbers[~readable], words[~readable])
-        return _Moving(number, image, there, words[readable]), left
-
-    @staticmethod
-    def _unsalt(image: bytearray, directory: Directory, sequence: int) -> None:
-        """Make the checks plain; a check that is wrong stays wrong."""
-        arena = np.frombuffer(image, np.uint8)
-        checks = get_checks(arena, directory.offsets)
-        put_checks(arena, directory.offsets, salted(checks, directory.numbers, sequence))
-
-    def directory_from_table(self, number: int) -> Directory:
-        """The entries that the table names in an extent, by a walk over all of it."""
-        numbers = slots_of(self._core.clusters.open_clusters())
-        words = self._core.table.words[numbers]
-        found = (tags_of(words) == Tag.PHYS) & (places_of(words).number == number)
-        places = places_of(words[found])
-        order = np.argsort(places.offset, kind="stable")
-        return Directory(numbers[found][order], places.offset[order], places.length[order])
-
     def _builder(self, buffer: memoryview, stream: Stream) -> ImageBuilder:
         return ImageBuilder(
             buffer,
@@ -507,12 +331,12 @@ class DeviceMoves:
         )
 
     @staticmethod
-    def _add(builder: ImageBuilder, moving: _Moving, pool: int) -> I64:
+    def _add(builder: ImageBuilder, moving: Live, pool: int) -> I64:
         compressed = moving.compressed(pool)
         return builder.add(moving.directory.numbers, compressed.lengths, compressed.payload)
 
     def _write(
-        self, moving: _Moving, target: int, stream: Stream, cause: Cause
+        self, moving: Live, target: int, stream: Stream, cause: Cause
     ) -> Operation[int | None]:
         """Write one extent's live entries to another; returns how many words flipped."""
         buffer = self._writeback.buffers.take()
@@ -530,7 +354,7 @@ class DeviceMoves:
                 self._core.devices.unpin(held)
             self._writeback.buffers.give(buffer)
 
-    def _flip(self, moving: _Moving, target: int, offsets: I64, group: Group) -> int:
+    def _flip(self, moving: Live, target: int, offsets: I64, group: Group) -> int:
         lengths = moving.directory.lengths
         places = Places.within(target, offsets, lengths)
         flipped = self._core.flip(moving.directory.numbers, moving.words, Tag.PHYS, places, group)

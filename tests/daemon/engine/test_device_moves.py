@@ -18,8 +18,8 @@ from support.engine import (
     pages_of,
 )
 from support.interleaving import start
-from vswapd.device_moves import DeviceMoves
 from vswapd.errors import NoSuchDeviceError, PageLostError, SwapoffError
+from vswapd.extent_reads import ExtentReads
 from vswapd.groups import Space
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag, places_of
@@ -267,17 +267,17 @@ def test_a_dead_device_costs_few_walks_of_the_table(monkeypatch: pytest.MonkeyPa
     device = rig.devices[0]
     device.fails = lambda kind, _: kind == "read"
     walks: list[int] = []
-    walk = DeviceMoves._walk
+    walk = ExtentReads._walk
 
-    def watched(moves: DeviceMoves, of: SwapDevice, extents: I64) -> object:
+    def watched(moves: ExtentReads, of: SwapDevice, extents: I64) -> object:
         walks.append(len(extents))
         return walk(moves, of, extents)
 
     def never(*_: object) -> Directory:
         raise AssertionError("a whole walk for one extent")
 
-    monkeypatch.setattr(DeviceMoves, "_walk", watched)
-    monkeypatch.setattr(DeviceMoves, "directory_from_table", never)
+    monkeypatch.setattr(ExtentReads, "_walk", watched)
+    monkeypatch.setattr(ExtentReads, "directory_from_table", never)
     swapoff = start(rig.engine.swapoff("mem0", give_up=True))
     pauses = 0
     while not swapoff.ended:

@@ -80,8 +80,8 @@ async def open_connection(
     )
     resume = door.resume if patience_s else None
     # Also without patience: the daemon does not know that nobody will come back.
-    forgo = door.forgo if peer.resumable and not name else None
-    connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume, forgo)
+    last_word = door.forgo if peer.resumable and not name else None
+    connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume, last_word)
     return connection, peer, window
 
 

@@ -47,14 +47,16 @@ class VswapError(Exception):
 class Rejected(VswapError):  # noqa: N818 - an outcome with a reason, named as the design names it
     """The daemon did not take the pages, and the caller keeps them.
 
-    `slots`: those that were to be overwritten and have no content now.
+    `slots`: those that were to be overwritten and have no content now; all of them, also where the
+    daemon's shards had different reasons.
     """
 
     def __init__(self, text: str, reason: str, slots: U64 = NO_SLOTS) -> None:
         super().__init__(text, slots, status=Status.REJECTED)
         self.reason = reason
         """One word: `pool_full`, `device_full`, `no_device`, `group_limit`, `writeback_disabled`,
-        `write_budget` or `disabled`."""
+        `write_budget` or `disabled`. If there are several, the one that was told first; the notes
+        have the others."""
 
 
 class BadSlot(VswapError):  # noqa: N818
@@ -240,15 +242,25 @@ def _rejected(code: int, text: str, slots: U64) -> VswapError:
 
 
 def merge(first: VswapError, second: VswapError) -> VswapError:
-    """Two failures of one call as one: the first, with the second's slots if it is of its kind.
+    """Two failures of one call, of different frames of it, as one.
 
-    An error that ends the connection goes before one that does not.
+    An error that ends the connection goes before one that does not; then a rejection before others,
+    since it alone has changed slots, and every one of them has to be named. What is not said by the
+    error that is left stands in its notes.
     """
-    if isinstance(second, ConnectionLost | ProtocolError) and not isinstance(
-        first, ConnectionLost | ProtocolError
-    ):
-        return second
-    same_kind = type(first) is type(second) and first.status is second.status
-    if same_kind and getattr(first, "reason", None) == getattr(second, "reason", None):
+    if _rank(second) > _rank(first):
+        first, second = second, first
+    if type(first) is type(second):
         first.slots = np.concatenate([first.slots, second.slots])
+        if getattr(first, "reason", None) == getattr(second, "reason", None):
+            return first
+    note = f"other pages of the call: {second}"
+    if note not in getattr(first, "__notes__", ()):
+        first.add_note(note)
     return first
+
+
+def _rank(error: VswapError) -> int:
+    if isinstance(error, ConnectionLost | ProtocolError):
+        return 2
+    return 1 if isinstance(error, Rejected) else 0

@@ -80,11 +80,28 @@ def test_merging_prefers_what_ended_the_connection() -> None:
     assert errors.merge(lost, vswap.BadSlot("bad")) is lost
 
 
-def test_merging_keeps_different_reasons_apart() -> None:
-    """Slots of a rejection with another reason do not slip under the first one's."""
+def test_merged_rejections_name_every_slot_that_lost_its_content() -> None:
+    """Also where the shards had different reasons: who is not told would take them for full."""
     first = vswap.Rejected("a", "pool_full", np.array([1], np.uint64))
-    errors.merge(first, vswap.Rejected("b", "disabled", np.array([2], np.uint64)))
-    assert first.slots.tolist() == [1]
+    merged = errors.merge(first, vswap.Rejected("b", "device_full", np.array([2], np.uint64)))
+    merged = errors.merge(merged, vswap.Rejected("b", "device_full", np.array([3], np.uint64)))
+    merged = errors.merge(merged, vswap.Rejected("a", "pool_full", np.array([4], np.uint64)))
+    assert isinstance(merged, vswap.Rejected)
+    assert merged.reason == "pool_full"
+    assert merged.slots.tolist() == [1, 2, 3, 4]
+    assert merged.__notes__ == ["other pages of the call: b"]
+
+
+def test_a_rejection_outweighs_what_has_changed_nothing() -> None:
+    """The slots that it has emptied are named, whichever failure was told first."""
+    for turned in (False, True):
+        bad = vswap.BadSlot("bad", np.array([1], np.uint64))
+        rejected = vswap.Rejected("full", "pool_full", np.array([2], np.uint64))
+        pair = (rejected, bad) if turned else (bad, rejected)
+        merged = errors.merge(*pair)
+        assert merged is rejected
+        assert merged.slots.tolist() == [2]
+        assert merged.__notes__ == ["other pages of the call: bad"]
 
 
 def test_errors_know_an_exit_code() -> None:

@@ -202,6 +202,21 @@ def test_a_rejected_overwrite_tells_which_slots_are_empty_and_which_are_new() ->
     assert caught.value.reason == "pool_full"
 
 
+def test_rejections_with_different_reasons_name_all_slots_without_content() -> None:
+    """Shards can have different reasons; no slot may pass for one that is as it was."""
+    call = Overwrite(slots(1, 2, 3, 4, 5, 6), pages(6), 2)
+    frames = send_all(call)
+    refuse(call, frames[0], rejected(1, 2))
+    refuse(call, frames[1], vswap.Rejected("no", "device_full", slots(3, 4)))
+    accept(call, frames[2])
+    with pytest.raises(vswap.Rejected) as caught:
+        call.result()
+    assert caught.value.slots.tolist() == [1, 2, 3, 4]
+    assert caught.value.done.tolist() == [5, 6]
+    assert caught.value.reason == "pool_full"
+    assert caught.value.__notes__ == ["other pages of the call: no"]
+
+
 def test_two_kinds_of_failure_do_not_mix_their_slots() -> None:
     """The first failure is told; one of another kind adds nothing to its slots."""
     call = Free(slots(1, 2), 1)

@@ -63,7 +63,7 @@ class OverlappingClient:
             await what()
 
     async def store(self) -> None:
-        pages = self.fresh(self.chooser.choice([1, 5, 64]))
+        pages = self.fresh(self.chooser.choice([1, 5, 64, 200]))
         begin = time.monotonic()
         try:
             slots = (await self.space.store(b"".join(pages))).tolist()
@@ -85,11 +85,12 @@ class OverlappingClient:
             await self.space.store(b"".join(pages), slots=slots)
         except vswap.Rejected as error:
             self.rejects += 1
-            empty = set(error.slots.tolist())
+            written, empty = set(error.done.tolist()), error.slots.tolist()
+            done = [(slot, new) for slot, new in zip(slots, pages, strict=True) if slot in written]
+            self.note("store", [slot for slot, _ in done], [new for _, new in done], begin)
             for slot in empty:
                 self.slots.remove(slot)
-            await self.space.free(sorted(empty))
-            assert not set(slots) - empty
+            await self.space.free(empty)
             self.busy -= set(slots)
             return
         self.note("store", slots, pages, begin)

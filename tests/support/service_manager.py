@@ -65,7 +65,9 @@ class ServiceManager:
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self.directory / "notify"))
         self._news = threading.Condition()
-        self._readies = 0
+        self._ready = False
+        """Whether the last process that was started has said that it is."""
+        self._heard = True
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
@@ -79,8 +81,7 @@ class ServiceManager:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"THE_END=1", str(self.directory / "notify"))
+        self._send(b"THE_END=1")
         self._thread.join()
         self._notify.close()
         self._listener.close()
@@ -103,11 +104,10 @@ class ServiceManager:
 
     def start(self) -> None:
         """Start a daemon with what is kept, and wait until it is ready."""
-        before = self._readies
         self.launch()
         assert self.process is not None
         with self._news:
-            while self._readies == before:
+            while not self._ready:
                 ended = self.process.poll()
                 assert ended is None, f"it ended with {ended}:\n{self.log}"
                 assert self._thread.is_alive(), "nobody listens to it any more"
@@ -117,7 +117,9 @@ class ServiceManager:
         """Start a daemon with what is kept; the last one's process has ended, or is about to."""
         if self.process is not None:
             self.process.wait(DEADLINE_S)
+            self._hear_the_last()
         with self._news:
+            self._ready = False
             names, fds = list(self.kept), [self._listener.fileno(), *self.kept.values()]
         environment = {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
@@ -142,11 +144,23 @@ class ServiceManager:
                 start_new_session=True,
             )
 
+    def _hear_the_last(self) -> None:
+        """Wait until all has been read that the process which has ended had told.
+
+        So does systemd: it reads what a service has told before it looks for its end.
+        """
+        self._heard = False
+        self._send(b"SAID=ALL")
+        with self._news:
+            while not self._heard and self._thread.is_alive():
+                self._news.wait(0.1)
+
     def kill(self) -> None:
         """SIGKILL to the daemon and all that it started."""
         if self.process is not None:
             kill_group(self.process.pid)
             self.process.wait()
+            self._hear_the_last()
 
     def restart(self) -> None:
         """SIGTERM, wait for its end, and start it again."""
@@ -158,13 +172,20 @@ class ServiceManager:
         assert self.process is not None
         self.process.terminate()
         assert self.process.wait(DEADLINE_S) == 0, self.log
+        self._hear_the_last()
 
     def await_exit(self) -> int:
         """Wait for its own end; returns its code."""
         assert self.process is not None
-        return self.process.wait(DEADLINE_S)
+        code = self.process.wait(DEADLINE_S)
+        self._hear_the_last()
+        return code
 
     # The notification socket
+
+    def _send(self, news: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+            sender.sendto(news, str(self.directory / "notify"))
 
     @contextlib.contextmanager
     def not_listening(self) -> Iterator[None]:
@@ -204,7 +225,8 @@ class ServiceManager:
                 os.close(fd)
         if "FDSTOREREMOVE" in news and name in self.kept:
             os.close(self.kept.pop(name))
-        self._readies += news.get("READY") == "1"
+        self._ready |= news.get("READY") == "1"
+        self._heard |= news.get("SAID") == "ALL"
 
 
 @contextlib.contextmanager

@@ -240,6 +240,13 @@ class Channel:
             if not answer.done():
                 answer.set_exception(ChannelClosedError("the other process has gone"))
 
+    async def end(self) -> None:
+        """Close this end, and give up what is being handled; then nothing of it is at work."""
+        self.close()
+        for task in self._tasks:
+            task.cancel()
+        await self.drained()
+
     async def drained(self) -> None:
         """Wait until what came so far has been handled."""
         while self._tasks:

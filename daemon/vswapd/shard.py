@@ -213,8 +213,10 @@ class Shard:
     async def start(self, made: contextlib.AsyncExitStack) -> None:
         """Start everything but the service of connections; leaves in `made` how it is ended."""
         sys.setswitchinterval(_SWITCH_S)
-        made.callback(self.driver.close)
+        # Last, when no worker is left: what is read of a closed descriptor would pass for lost, and
+        # what is written to it could go into whatever has its number by then.
         made.callback(self._close_devices)
+        made.callback(self.driver.close)
         self.shrinker.start()
         made.push_async_callback(asyncio.to_thread, self.shrinker.stop)
         if self.engine.orphans():

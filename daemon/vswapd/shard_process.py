@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from vswapd import __version__, journal, status
 from vswapd.beside import beside
-from vswapd.channel import Channel
+from vswapd.channel import Channel, ChannelClosedError
 from vswapd.config import Config
 from vswapd.config_schema import Device
 from vswapd.control import KeptDevice
@@ -124,7 +124,10 @@ class _Operators:
             asked.append(task)
 
         yield Elsewhere(begin)
-        return asked[0].result()
+        try:
+            return asked[0].result()
+        except ChannelClosedError:
+            raise OutOfServiceError("the daemon is ending: ask again when it is back") from None
 
 
 class ShardProcess:
@@ -168,6 +171,8 @@ class ShardProcess:
                 except OSError as error:
                     raise ServiceError(cannot_lock(error)) from None
             await self._shard.start(made)
+            # What the supervisor wants goes on as long as there are connections, and no longer.
+            made.push_async_callback(self._channel.end)
             self._shard.serve(made)
             if self._birth.watchdog_s is not None:
                 watchdog = Watchdog(

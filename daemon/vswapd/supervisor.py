@@ -342,8 +342,10 @@ class Supervisor:
             try:
                 return await child.channel.ask(message, descriptors)
             except ChannelClosedError:
-                if child.ended.is_set():
+                if self._stopping or child.ended.is_set():
                     break
+        if self._stopping:
+            raise OutOfServiceError("the daemon is ending: ask again when it is back")
         raise OutOfServiceError(f"shard {child.index} has gone: the journal says why")
 
     async def watch(self, period_s: float, tell: Callable[[], None]) -> None:

@@ -162,6 +162,45 @@ def test_devices_and_settings_outlive_a_kill(manager: ServiceManager, tmp_path: 
         assert space.load(slots) == content
 
 
+@pytest.mark.parametrize("how", ["supervisor", "restart"])
+@EACH
+def test_a_swapoff_that_is_cut_off_takes_no_page_for_unreadable(
+    shards: int, how: str, tmp_path: Path
+) -> None:
+    """Shards that end let go of a device when nobody reads it any more, and give nothing up."""
+
+    def give_up() -> None:
+        with Control(manager.socket_path) as control, contextlib.suppress(vswap.VswapError):
+            control.call("swapoff", path=path, give_up=True)
+
+    path = str(tmp_path / "swap")
+    with (
+        service(f"server.shards={shards}", "pool.max=64M") as manager,
+        connected(manager) as space,
+    ):
+        content = noise(6000)
+        slots = space.store(content)
+        for _ in range(2):
+            with Control(manager.socket_path) as control:
+                if not control.status()["devices"]:
+                    control.call("swapon", path=path, size=48 << 20)
+                while control.status()["slots"]["phys"] < 5000:
+                    control.call("writeback", bytes=8 << 20)
+                swapoff = threading.Thread(target=give_up)
+                swapoff.start()
+                while control.status()["slots"]["phys"] > 4500:
+                    pass  # each answer is waited for
+            if how == "supervisor":
+                os.kill(manager.pid, signal.SIGKILL)
+                manager.start()
+            else:
+                manager.restart()
+            swapoff.join()
+            assert space.load(slots) == content
+        for words in ("Bad file descriptor", "mistake", "Traceback"):
+            assert words not in manager.log
+
+
 def test_a_reload_ends_what_was_set_at_run_time(manager: ServiceManager) -> None:
     """The file holds then, also after the next kill."""
     with Control(manager.socket_path) as control:

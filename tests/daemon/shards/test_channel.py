@@ -203,6 +203,35 @@ def test_the_end_is_told() -> None:
     asyncio.run(scenario())
 
 
+def test_nothing_is_handled_any_more_once_it_has_ended() -> None:
+    """What is at work is given up, and its cleanup done; what comes later is not begun."""
+    done: list[str] = []
+    begun = asyncio.Event()
+
+    async def work(message: Any, __: list[int]) -> Any:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            done.append(message)
+
+    async def scenario() -> None:
+        one, other = pair(right=work)
+        asked = asyncio.ensure_future(one.ask("first"))
+        await begun.wait()
+        await other.end()
+        assert done == ["first"]
+        with pytest.raises(ChannelClosedError):
+            await asked
+        with pytest.raises(ChannelClosedError):
+            await one.ask("second")
+        assert done == ["first"]
+        await other.end()
+        one.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_full_socket_delays_and_loses_nothing() -> None:
     """More than the socket holds is kept until the other end reads."""
 

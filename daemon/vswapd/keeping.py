@@ -203,6 +203,12 @@ class Keeping:
         """The descriptor of a device's owners that an earlier process has left; None: no such."""
         return self._found.pop(_owners(path), None)
 
+    def leave_owners(self, path: str) -> None:
+        """The device cannot be had for now: what is kept of it is for a process that has it."""
+        fd = self.take_owners(path)
+        if fd is not None:
+            os.close(fd)
+
     def forget_owners(self, path: str) -> None:
         """The device is in use no more."""
         self._keeper.let_go(_owners(path))

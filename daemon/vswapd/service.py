@@ -182,6 +182,7 @@ def _before(life: Life, keeping: Keeping) -> Before:
             device = Locked.reopen(kept)
         except OpenError as error:
             lost[kept.path] = str(error)
+            keeping.leave_owners(kept.path)
             continue
         fd = keeping.take_owners(kept.path)
         if fd is None:

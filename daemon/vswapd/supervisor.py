@@ -528,8 +528,8 @@ class Supervisor:
         if used is not None:
             del self._devices[path]
             await asyncio.to_thread(used.device.close)
-            if self._keeping is not None:
-                self._keeping.forget_owners(path)
+        if self._keeping is not None:
+            self._keeping.forget_owners(path)
         done = [answer for answer in answers if isinstance(answer, dict)]
         return {key: sum(answer[key] for answer in done) for key in ("moved_pages", "lost_pages")}
 

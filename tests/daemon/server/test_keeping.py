@@ -282,6 +282,42 @@ def test_a_device_that_is_gone_loses_its_pages_alone(
             assert not control.status()["devices"]
 
 
+def test_a_device_that_is_there_again_has_its_pages_again(
+    manager: ServiceManager, tmp_path: Path
+) -> None:
+    """It was not to be had at one start: not mounted yet, say. What is done meanwhile holds."""
+    path, elsewhere = tmp_path / "swap", tmp_path / "elsewhere"
+    with connected(manager) as space:
+        with Control(manager.socket_path) as control:
+            control.call("swapon", path=str(path), size=64 << 20)
+        content = noise(4000)
+        slots = space.store(content)
+        with Control(manager.socket_path) as control:
+            control.call("writeback", bytes=12 << 20)
+            assert control.status()["slots"]["phys"] > 2000
+        manager.restart()
+        manager.kill()
+        path.rename(elsewhere)
+        manager.start()
+        with pytest.raises(vswap.PageLost):
+            space.load(slots)
+        space.free(slots[:1000])
+        space.store(content[: 1000 * 4096], slots=slots[1000:2000])
+        manager.kill()
+        elsewhere.rename(path)
+        manager.start()
+        assert space.load(slots[1000:2000]) == content[: 1000 * 4096]
+        assert space.load(slots[2000:]) == content[2000 * 4096 :]
+        with Control(manager.socket_path) as control:
+            assert control.call("verify")["ok"]
+            control.call("writeback", bytes=4 << 20)
+            assert control.call("swapoff", path=str(path))["lost_pages"] == 0
+        assert space.load(slots[2000:]) == content[2000 * 4096 :]
+        manager.restart()
+        assert not status(manager)["devices"]
+    assert not [name for name in manager.kept if "extents" in name]
+
+
 def test_spaces_that_nobody_comes_back_for_are_freed() -> None:
     """After resume_timeout; a client that died with the daemon leaves nothing behind."""
     with service("server.shards=2", "server.resume_timeout=200ms") as manager:

@@ -4,8 +4,9 @@ Theory: as for the blocking connection, with a queue of calls per lane. A call t
 several lanes stands in all of their queues, and each lane takes its frames when it has room.
 
 Invariants:
-- A call is in `_waiting` until it is over, has been abandoned, or the connection is lost; each of
-  these happens once.
+- A call is in `_waiting` until whoever made it has heard that it is over, or has gone, or the
+  connection is lost; it is in `_routes` until it is over, too. Lanes may say of one call several
+  times that it is over: for each of its requests that are not sent again.
 - Calls come into the lanes' queues in the order in which they were made, also while a lane that
   the first of them needs is still being opened.
 
@@ -327,6 +328,7 @@ class AsyncConnection:
         except asyncio.CancelledError:
             self._abandon(call)
             raise
+        self._waiting.pop(call, None)
         self._routes.pop(call, None)
 
     def _check_open(self) -> None:
@@ -410,16 +412,19 @@ class AsyncConnection:
     # What lanes say
 
     def answered(self, call: Call) -> None:
-        """A reply for the call has come."""
+        """A reply for the call has come, or there will be none."""
+        lanes = self._routes.get(call)
+        if lanes is None:
+            return
         if call.over:
             call.release()
-            future = self._waiting.pop(call, None)
+            future = self._waiting.get(call)
             if future is None:
                 del self._routes[call]
             elif not future.done():
                 future.set_result(None)
         elif call.error is not None or call.abandoned:
-            self._put(call, self._routes[call])
+            self._put(call, lanes)
 
     def heard(self) -> None:
         """Something has come."""

@@ -12,7 +12,7 @@ import json
 import random
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -395,6 +395,40 @@ def test_tasks_go_on_over_deaths(mortal: MortalDaemon) -> None:
     asyncio.run(main())
     assert mortal.died >= 5
     assert len(set(mortal.executed)) == len(mortal.executed)
+
+
+async def turn() -> None:
+    """One round of the loop."""
+    await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("what", ["store", "overwrite", "load", "free"])
+def test_what_nobody_waits_for_any_more_ends_nothing(mortal: MortalDaemon, what: str) -> None:
+    """Cancelled while the daemon is away, with several requests of it unanswered."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), vswap.aio.connect(mortal.path, timeout=30) as space:
+            kept = await space.store(noise(1))
+            slots = await space.store(noise(2 * FRAMES))
+            calls: dict[str, Callable[[], Coroutine[Any, Any, object]]] = {
+                "store": lambda: space.store(noise(2 * FRAMES)),
+                "overwrite": lambda: space.store(noise(2 * FRAMES), slots=slots),
+                "load": lambda: space.load(slots),
+                "free": lambda: space.free(slots),
+            }
+            op = {"load": Op.LOAD, "free": Op.FREE}.get(what, Op.STORE)
+            mortal.deaths = [(op, "before")]
+            task = asyncio.create_task(calls[what]())
+            while not space._connection._returning:
+                await turn()
+            task.cancel()
+            await asyncio.wait([task])
+            assert task.cancelled()
+            assert await space.load(kept) == noise(1)
+            while space._connection._routes:
+                await space.ping()
+
+    asyncio.run(main())
 
 
 def test_tasks_are_told_of_a_lost_space(mortal: MortalDaemon) -> None:

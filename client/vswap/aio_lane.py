@@ -255,17 +255,18 @@ class AsyncLane:
     def _take(self) -> None:
         conversation, left = self.conversation, _READ_BYTES
         while left > 0:
-            wanted = conversation.wanted
+            # No variable for it: a traceback must not hold the caller's memory.
+            wanted_bytes = len(conversation.wanted)
             if self._unheard:
-                count, self.descriptor = receive(self._sock, wanted)
+                count, self.descriptor = receive(self._sock, conversation.wanted)
                 self._unheard = False
             else:
-                count = self._sock.recv_into(wanted)
+                count = self._sock.recv_into(conversation.wanted)
             if not count:
                 raise Broken("the daemon closed the connection (did it stop, or die?)")
             call = conversation.arrived(count)
             if call is not None:
                 self.owner.answered(call)
-            if count < len(wanted):
+            if count < wanted_bytes:
                 return  # there is no more
             left -= count

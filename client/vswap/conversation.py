@@ -150,6 +150,9 @@ class Conversation:
         for _, owner, frame in self._unanswered:
             if owner is call and frame.op is Op.LOAD and frame.targets is not None:
                 frame.targets = [memoryview(bytearray(sum(map(len, frame.targets))))]
+        for owner, frame in (*(each[1:] for each in self._interrupted), *self._again):
+            if owner is call and frame.op is Op.LOAD:
+                frame.targets = []  # it is not sent again
 
     def interrupt(self) -> None:
         """The connection has broken, and is to be taken up again: nothing is awaited on it now.

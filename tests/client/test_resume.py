@@ -431,6 +431,27 @@ def test_what_nobody_waits_for_any_more_ends_nothing(mortal: MortalDaemon, what:
     asyncio.run(main())
 
 
+def test_a_load_that_is_cancelled_while_the_daemon_is_away_lets_go_of_its_buffer(
+    mortal: MortalDaemon,
+) -> None:
+    """Nothing holds the caller's memory until the daemon is back."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), vswap.aio.connect(mortal.path, timeout=30) as space:
+            slots = await space.store(noise(FRAMES))
+            target = bytearray(FRAMES * PAGE_BYTES)
+            mortal.deaths = [(Op.LOAD, "within")]
+            task = asyncio.create_task(space.load(slots, into=target))
+            while not space._connection._returning:
+                await turn()
+            task.cancel()
+            await asyncio.wait([task])
+            target.clear()
+            assert await space.load(slots) == noise(FRAMES)
+
+    asyncio.run(main())
+
+
 def test_tasks_are_told_of_a_lost_space(mortal: MortalDaemon) -> None:
     """All that wait get SpaceLost or what follows from it."""
     mortal.forgets = True

@@ -32,7 +32,7 @@ from vswap.errors import (
     VswapError,
     merge,
 )
-from vswap.pages import I64, Pages, View, cut_row
+from vswap.pages import I64, LEAST_ROW, Pages, View, cut_row
 from vswap.protocol import (
     HEADER_BYTES,
     MAX_TEXT_BYTES,
@@ -180,6 +180,16 @@ class SlotsCall(Call):
         self._rows: dict[int, Iterator[tuple[slice | I64, int]]] | None = None
         """By shard: what is still to be sent to it. None: all goes one way, in one row."""
 
+    @property
+    def _may_be_several_frames(self) -> bool:
+        """Whether some daemon's shards might get more than one frame each; see `cut_row`."""
+        if self.pages > self.frame_pages:
+            return True
+        if self.pages < 2 * LEAST_ROW:
+            return False
+        shard_of = self.slots >> _SHARD_SHIFT
+        return not (shard_of == shard_of[0]).all()
+
     def routes(self, home: int, shards: int) -> list[int]:
         """The shards that the slots name; `home` answers for what no shard can have given out."""
         if shards == 1 or not self.pages:
@@ -247,7 +257,7 @@ class Overwrite(SlotsCall):
                 f"{len(slots)} slots do not fit {pages.count} pages: give one slot for each page"
             )
         super().__init__(slots, frame_pages)
-        if self.pages > frame_pages:
+        if self._may_be_several_frames:
             check_unique(slots)
         self._source = pages
 
@@ -324,7 +334,7 @@ class Free(SlotsCall):
 
     def __init__(self, slots: U64, frame_pages: int) -> None:
         super().__init__(slots, frame_pages)
-        if self.pages > frame_pages:
+        if self._may_be_several_frames:
             check_unique(slots)
 
     def frame(self, where: slice | I64, count: int, shard: int) -> Frame:

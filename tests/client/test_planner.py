@@ -243,6 +243,18 @@ def test_a_slot_twice_in_different_frames_is_found() -> None:
         Overwrite(slots(1, 2, 1), pages(3), 2)
 
 
+def test_a_slot_twice_in_different_rows_of_its_shard_is_found() -> None:
+    """Slots of two shards in long rows are several frames, however few they are."""
+    here, there = np.arange(30, dtype=np.uint64), np.arange(30, dtype=np.uint64) + (1 << 56)
+    mixed = np.concatenate([here, there, here])
+    with pytest.raises(vswap.DuplicateSlot) as caught:
+        Free(mixed, 128)
+    assert caught.value.slots.tolist() == here.tolist()
+    with pytest.raises(vswap.DuplicateSlot):
+        Overwrite(mixed, pages(90), 128)
+    Free(mixed[:60], 128)
+
+
 def test_loading_a_slot_twice_is_fine() -> None:
     """A load may name a slot as often as it likes."""
     call = Load(slots(1, 1, 1), pages(3), 1)

@@ -9,8 +9,8 @@ Invariants:
 - A buffer given to a call belongs to it until the call is over, or is cancelled: from then on it is
   not touched any more.
 - Cancelling a call keeps the connection in step: what was sent is answered and thrown away. A
-  cancelled store of new pages is undone. A cancelled overwrite or free may have taken effect, in
-  whole or in part.
+  cancelled store of new pages is undone. A cancelled free is carried through. A cancelled overwrite
+  may have taken effect, in whole or in part.
 
 This module must not know the wire.
 """
@@ -134,7 +134,7 @@ class Space:
         call.result()
 
     async def free(self, slots: Slots) -> None:
-        """As `vswap.Space.free`."""
+        """As `vswap.Space.free`; cancelled, it frees them all the same."""
         call = Free(slots_of(slots), self._frame_pages)
         await self._connection.run(call)
         call.result()
@@ -229,7 +229,7 @@ class Handle(StoredObject):
         return await self._space.receive(self.slots, Receiver(self.form, into))
 
     async def free(self) -> None:
-        """As `vswap.Handle.free`."""
+        """As `vswap.Handle.free`; cancelled, it frees them all the same."""
         await self._space.free(self.give_up())
 
     async def __aenter__(self) -> Self:

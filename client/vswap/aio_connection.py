@@ -16,6 +16,7 @@ This module must not know what the calls mean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -288,6 +289,8 @@ class AsyncConnection:
         self._entering = 0
         """Calls that are not in the queues yet, since there is a lane to open."""
         self._door = asyncio.Lock()
+        self._unattended: set[asyncio.Task[None]] = set()
+        """Who sees calls in that nobody waits for."""
         self._heard_at = self._loop.time()
         self._watch: asyncio.TimerHandle | None = None
         self._adopt(home)
@@ -320,7 +323,13 @@ class AsyncConnection:
             return
         shards = call.routes(self._home.shard, self._shards)
         if self._entering or not all(shard in self._lanes for shard in shards):
-            future = await self._enter_late(call, shards)
+            try:
+                future = await self._enter_late(call, shards)
+            except asyncio.CancelledError:
+                call.abandon()
+                if not call.over and not self.closed:
+                    self._carry_on(call, shards)
+                raise
         else:
             future = self._enter(call, [self._lanes[shard] for shard in shards])
         try:
@@ -348,6 +357,18 @@ class AsyncConnection:
             raise
         finally:
             self._entering -= 1
+
+    def _carry_on(self, call: Call, shards: list[int]) -> None:
+        """Have a call done that nobody waits for, and that is not in the queues yet."""
+
+        async def enter() -> None:
+            with contextlib.suppress(VswapError):
+                await self._enter_late(call, shards)
+                self._waiting.pop(call, None)
+
+        task = self._loop.create_task(enter())
+        self._unattended.add(task)
+        task.add_done_callback(self._unattended.discard)
 
     async def _lane(self, shard: int, *, needed: bool) -> AsyncLane | None:
         """The lane to a shard; None: none is to be had, and none is needed.
@@ -474,7 +495,7 @@ class AsyncConnection:
         self._why_closed = str(error)
         if self._watch is not None:
             self._watch.cancel()
-        for task in self._returning.values():
+        for task in (*self._returning.values(), *self._unattended):
             if task is not asyncio.current_task(self._loop):
                 task.cancel()
         gone = [shard for shard, lane in self._lanes.items() if lane.gone]

@@ -162,7 +162,10 @@ class Call:
         self.error = error if self.error is None else merge(self.error, error)
 
     def abandon(self) -> None:
-        """Nobody waits for the result any more, and the caller's buffers are the caller's again."""
+        """Nobody waits for the result any more, and the caller's buffers are the caller's again.
+
+        It may be not `over` even if nothing of it was sent: what is left is still to be done.
+        """
         self.abandoned = True
 
     def release(self) -> None:
@@ -341,6 +344,13 @@ class Free(SlotsCall):
         """Slots."""
         del shard
         return Frame(Op.FREE, [self.packed(where)], [], where, count=count)
+
+    def abandon(self) -> None:
+        """It is carried through, whoever waits: there is nothing of the caller's in it.
+
+        Given up in the middle, it would leave slots of which nobody knows whether they are free
+        already, and given out to somebody else, or still to be freed.
+        """
 
     def result(self) -> None:
         """Nothing: they are free."""

@@ -251,6 +251,27 @@ def test_a_cancelled_load_touches_its_buffer_no_more(fake: FakeDaemon, steps: in
     run(fake.path, body)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13, 21])
+def test_a_cancelled_free_is_carried_through(socket_path: Path, steps: int) -> None:
+    """Wherever it is cancelled, nothing is left of what was to be freed; so for a handle."""
+
+    with FakeDaemon(socket_path, max_pipeline=1) as fake:
+
+        async def body(space: vswap.aio.Space) -> None:
+            slots = await space.store(random_pages(MANY))
+            handle = await space.put(random_pages(MANY))
+            for free in (space.free(slots), handle.free()):
+                task = asyncio.create_task(free)
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                await cancel(task)
+            while space._connection._routes:
+                await space.ping()
+            assert not fake.pages
+
+        run(socket_path, body)
+
+
 class HoldingDaemon(FakeDaemon):
     """Answers nothing but HELLO until it is asked to go on."""
 

@@ -260,6 +260,33 @@ def test_calls_keep_their_order_while_lanes_are_opened(
     assert [call.op for call in calls] == [Op.STORE] * SHARDS + [Op.PING]
 
 
+def test_a_free_that_is_cancelled_while_lanes_are_opened_is_carried_through(
+    daemon: RunningDaemon,
+) -> None:
+    """It waits for calls before it to have their lanes, and nobody waits for it."""
+
+    async def main() -> None:
+        async with vswap.aio.connect(daemon.socket_path, timeout=30) as space:
+            slots = await space.store(noise(100))
+            large = asyncio.create_task(space.store(noise(MANY)))
+            free = asyncio.create_task(space.free(slots))
+            while space._connection._entering != 2:
+                await turn()
+            free.cancel()
+            await asyncio.wait([free])
+            assert free.cancelled()
+            mine = await large
+            await space.load(mine)  # behind all that waited before it
+            assert (await space.status())["slots"]["allocated"] == MANY
+
+    asyncio.run(main())
+
+
+async def turn() -> None:
+    """One round of the loop."""
+    await asyncio.sleep(0)
+
+
 def test_a_shards_death_ends_the_space(daemon: RunningDaemon) -> None:
     """When one lane is lost, the whole space is, with one error and no half results."""
     with running_daemon("server.shards=2", clean_log=False) as other:

@@ -427,6 +427,8 @@ def test_what_nobody_waits_for_any_more_ends_nothing(mortal: MortalDaemon, what:
             assert await space.load(kept) == noise(1)
             while space._connection._routes:
                 await space.ping()
+            if what == "free":
+                assert len(mortal.pages) == 1
 
     asyncio.run(main())
 

@@ -227,6 +227,9 @@ class Engine:
     ) -> Space | None:
         """The space that a client which has come back asks for; None: there is none.
 
+        Of several it is the one that was opened last: a client that was not answered when it opened
+        one has opened another, and knows of no other.
+
         Args:
             key: what it was opened with; not empty.
             number: its id, of a space that has several parts on this shard, or that anybody may
@@ -234,7 +237,7 @@ class Engine:
                 meanwhile, since that has ended it for all earlier clients.
             holder: who the client is now.
         """
-        for space in self.orphans():
+        for space in sorted(self.orphans(), key=lambda space: space.id, reverse=True):
             known, wanted = (
                 (space.holder.token, holder.token) if number is None else (space.id, number)
             )

@@ -126,6 +126,19 @@ def test_parts_of_one_space_are_told_apart_by_number() -> None:
     assert rig.engine.reopen_space("k", number=parts[0].id) is None
 
 
+def test_of_several_parts_the_last_one_is_opened_again() -> None:
+    """Whoever was not answered when he opened the first has opened another, and asked for it."""
+    rig = make_engine()
+    rig.engine.open_space(uid=0, group="0", key="k", joined=True, holder=HOLDER)
+    rig.recover()
+    space = rig.engine.open_space(uid=0, group="0", key="k", joined=True, holder=HOLDER)
+    slots = rig.put(space, pages_of("text", 5))
+    rig.recover()
+    found = rig.engine.reopen_space("k", holder=HOLDER)
+    assert found is not None
+    assert rig.load(found, slots) == pages_of("text", 5)
+
+
 def test_a_client_that_goes_leaves_its_space_to_be_found() -> None:
     """Those that have been without a client for longest come first."""
     rig = make_engine()

@@ -245,6 +245,25 @@ def test_requests_may_have_any_number(daemon: RunningDaemon, number: int) -> Non
         assert (last["request"], last["status"]) == (number, 0)
 
 
+def test_a_client_that_was_not_answered_comes_back_to_what_it_opened_then(
+    daemon: RunningDaemon,
+) -> None:
+    """The HELLO that opens a lane may be carried out, and its answer lost: another is said."""
+    with Wire(daemon.socket_path) as home:
+        token = home.hello(shard=0)["token"]
+        with Wire(daemon.socket_path) as unheard:
+            unheard.hello(shard=1, token=token)
+            kill_all(daemon)
+        with Wire(daemon.socket_path) as lane:
+            lane.hello(shard=1, token=token)
+            content = noise(3)
+            slots = lane.store(content).slots
+            kill_all(daemon)
+        with Wire(daemon.socket_path) as back:
+            back.hello(shard=1, token=token, resume=True)
+            assert back.load(slots).body == content
+
+
 def as_nobody(path: Path, said: bytes, pipe: Connection) -> None:
     os.setresuid(NOBODY, NOBODY, NOBODY)
     with Wire(path) as thief:

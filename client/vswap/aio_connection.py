@@ -291,7 +291,6 @@ class AsyncConnection:
         self._door = asyncio.Lock()
         self._unattended: set[asyncio.Task[None]] = set()
         """Who sees calls in that nobody waits for."""
-        self._heard_at = self._loop.time()
         self._watch: asyncio.TimerHandle | None = None
         self._adopt(home)
 
@@ -399,8 +398,6 @@ class AsyncConnection:
     def _enter(self, call: Call, lanes: list[AsyncLane]) -> asyncio.Future[None]:
         future = self._loop.create_future()
         self._waiting[call] = future
-        if self._idle:
-            self._heard_at = self._loop.time()
         self._listen()
         self._routes[call] = lanes
         self._put(call, lanes)
@@ -408,16 +405,11 @@ class AsyncConnection:
 
     def _put(self, call: Call, lanes: list[AsyncLane]) -> None:
         for lane in lanes:
-            if not self.closed:
-                lane.put(call)
-
-    @property
-    def _idle(self) -> bool:
-        """Whether nothing is awaited of a daemon that is there."""
-        return all(
-            lane.conversation.idle or shard in self._returning
-            for shard, lane in self._lanes.items()
-        )
+            if self.closed:
+                return
+            if lane.conversation.idle:
+                lane.heard_at = self._loop.time()
+            lane.put(call)
 
     def _abandon(self, call: Call) -> None:
         """The caller is gone; his buffers are his again."""
@@ -447,10 +439,6 @@ class AsyncConnection:
         elif call.error is not None or call.abandoned:
             self._put(call, lanes)
 
-    def heard(self) -> None:
-        """Something has come."""
-        self._heard_at = self._loop.time()
-
     def lose(self, lane: AsyncLane, error: VswapError) -> None:
         """A lane has ended: take it up again, or that is the end."""
         if self.closed:
@@ -472,7 +460,7 @@ class AsyncConnection:
         try:
             there = await resume(lane, why)
             lane.owner = self
-            self._heard_at = self._loop.time()
+            lane.heard_at = self._loop.time()
             self._listen()
             lane.resume(there.last)
             for call, lanes in list(self._routes.items()):
@@ -515,16 +503,21 @@ class AsyncConnection:
                 first = False
 
     def _listen(self) -> None:
-        """From now on the daemon is not to be silent for too long."""
+        """From now on no shard that is asked something is to be silent for too long."""
         if self._timeout is not None and self._watch is None and not self.closed:
             self._watch = self._loop.call_later(self._timeout, self._look)
 
     def _look(self) -> None:
-        """Whether the daemon has been silent for too long."""
+        """Whether a shard that is there, and has been asked something, was silent for too long."""
         self._watch = None
-        if self._timeout is None or self.closed or self._idle:
+        asked = [
+            lane.heard_at
+            for shard, lane in self._lanes.items()
+            if not lane.conversation.idle and shard not in self._returning
+        ]
+        if self._timeout is None or self.closed or not asked:
             return
-        silence = self._loop.time() - self._heard_at
+        silence = self._loop.time() - min(asked)
         if silence >= self._timeout:
             self._end(_silence(self._timeout))
         else:
@@ -542,9 +535,6 @@ class _Greeting:
         del call
         if not self.over.done():
             self.over.set_result(None)
-
-    def heard(self) -> None:
-        """Something has come."""
 
     def lose(self, lane: AsyncLane, error: VswapError) -> None:
         """There will be no answer."""

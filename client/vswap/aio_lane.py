@@ -89,9 +89,6 @@ class Owner(Protocol):
     def answered(self, call: Call) -> None:
         """A reply for the call has come, or there will be none."""
 
-    def heard(self) -> None:
-        """Something has come."""
-
     def lose(self, lane: AsyncLane, error: VswapError) -> None:
         """The lane is of no more use, unless it is taken up again."""
 
@@ -105,6 +102,9 @@ class AsyncLane:
         """Whom to tell."""
         self.shard = 0
         """Which shard answers. Written by whoever has said HELLO."""
+        self.heard_at = self._loop.time()
+        """When something has come from it, or it was asked something with nothing unanswered. The
+        latter is written by the owner."""
         self.conversation: Final = Conversation()
         self._queue: deque[Call] = deque()
         self._parked: deque[Call] | None = None
@@ -239,7 +239,7 @@ class AsyncLane:
 
     def _read(self) -> None:
         """Take what has arrived; then send what the answers made room for."""
-        self.owner.heard()
+        self.heard_at = self._loop.time()
         try:
             self._take()
         except BlockingIOError:

@@ -318,9 +318,6 @@ class Owner:
     def answered(self, call: Call) -> None:
         raise AssertionError(call)
 
-    def heard(self) -> None:
-        raise AssertionError
-
     def lose(self, lane: AsyncLane, error: vswap.VswapError) -> None:
         raise AssertionError(lane) from error
 
@@ -441,13 +438,13 @@ def test_idleness_is_no_silence(socket_path: Path) -> None:
 
         async def main() -> None:
             async with vswap.aio.connect(socket_path, timeout=1000) as space:
-                connection = space._connection
-                connection._heard_at -= 5000  # the last answer was long ago
+                connection, home = space._connection, space._connection._home
+                home.heard_at -= 5000  # the last answer was long ago
                 task = asyncio.create_task(space.ping())
                 await asyncio.sleep(0)
                 connection._look()
                 assert not space.closed
-                connection._heard_at -= 5000
+                home.heard_at -= 5000
                 connection._look()
                 with pytest.raises(vswap.TimedOut):
                     await task

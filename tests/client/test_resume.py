@@ -535,6 +535,39 @@ def test_a_daemon_that_is_silent_after_it_came_back_is_given_up(socket_path: Pat
         asyncio.run(main(daemon))
 
 
+class HalfMuteDaemon(MortalDaemon):
+    """One of its shards answers no load until it is over."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, shards=2)
+        self.over = threading.Event()
+
+    def before(self, header: Header, shard: int) -> None:
+        if shard == 1 and header.op == Op.LOAD:
+            self.over.wait(30)
+
+    def __exit__(self, *more: object) -> None:
+        self.over.set()
+        super().__exit__(*more)
+
+
+def test_a_shard_that_is_silent_is_given_up_though_others_answer(socket_path: Path) -> None:
+    """Other tasks' calls do not keep one waiting that a shard does not answer."""
+
+    async def main() -> None:
+        async with asyncio.timeout(30), vswap.aio.connect(socket_path, timeout=0.2) as space:
+            slots = await space.store(noise(FRAMES))
+            load = asyncio.create_task(space.load(slots[slots >= 1 << 56]))
+            while not space.closed:
+                with contextlib.suppress(vswap.ConnectionLost):
+                    await space.ping()
+            with pytest.raises(vswap.TimedOut):
+                await load
+
+    with HalfMuteDaemon(socket_path):
+        asyncio.run(main())
+
+
 class ConfusedDaemon(MortalDaemon):
     """Says that what it did not carry out was answered with one slot, however many pages it had."""
 

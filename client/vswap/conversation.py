@@ -142,9 +142,11 @@ class Conversation:
     def abandon(self, call: Call) -> None:
         """Nobody waits for `call`: its replies go nowhere, and the caller's buffers stay alone."""
         call.abandon()
-        if self._header is not None and self._unanswered[0][1] is call:
-            left = len(self.wanted) + sum(len(view) for view in self._later)
-            if self._text is None:
+        if self._header is not None and self._text is None:
+            _, owner, frame = self._unanswered[0]
+            # Not so for the slots of a store: they are to be freed.
+            if owner is call and frame.op is Op.LOAD:
+                left = len(self.wanted) + sum(len(view) for view in self._later)
                 self._later.clear()
                 self.wanted = memoryview(bytearray(left))
         for _, owner, frame in self._unanswered:

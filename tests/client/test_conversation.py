@@ -222,6 +222,22 @@ def test_an_abandoned_load_touches_its_target_no_more(arrived: int) -> None:
     assert call.over
 
 
+@pytest.mark.parametrize("arrived", [0, 5, HEADER_BYTES, HEADER_BYTES + 5, HEADER_BYTES + 8])
+def test_a_store_that_is_abandoned_within_its_reply_frees_what_it_was_given(arrived: int) -> None:
+    """The slots are heard to the end, or others than these would be freed."""
+    conversation = Conversation()
+    call = Store(Pages(memoryview(bytes(3 * PAGE_BYTES))), 64)
+    call.slots[:] = 1, 2, 3  # what happens to be in its memory
+    conversation.request(call, 0)
+    stream = reply(Op.STORE, 1, slots_bytes(7, 8, 9), count=3)
+    feed(conversation, stream[:arrived])
+    conversation.abandon(call)
+    feed(conversation, stream[arrived:])
+    buffers = conversation.request(call, 0)
+    assert buffers is not None
+    assert b"".join(buffers[1:]) == slots_bytes(7, 8, 9)
+
+
 def test_a_sent_frame_holds_no_pages() -> None:
     """Once its buffers are let go of, nothing keeps the caller's memory from being resized."""
     conversation = Conversation()

@@ -354,7 +354,8 @@ def test_a_client_that_cannot_be_handed_over_has_no_place() -> None:
         running_daemon("server.shards=2", "server.max_connections=3") as small,
         contextlib.ExitStack() as opened,
     ):
-        opened.enter_context(on_shard(small, 0))
+        watcher = opened.enter_context(on_shard(small, 0))
+        watcher.ask(STATUS)  # the supervisor has closed its copy of this connection before
         before = resource.prlimit(small.pid, resource.RLIMIT_NOFILE)
         open_now = {int(entry.name) for entry in Path(f"/proc/{small.pid}/fd").iterdir()}
         last = next(fd for fd in range(before[0]) if fd not in open_now)

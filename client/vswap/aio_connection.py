@@ -7,6 +7,7 @@ Invariants:
 - A call is in `_waiting` until whoever made it has heard that it is over, or has gone, or the
   connection is lost; it is in `_routes` until it is over, too. Lanes may say of one call several
   times that it is over: for each of its requests that are not sent again.
+- A forked child has none of its sockets: there it is closed, without harm to the parent's.
 - Calls come into the lanes' queues in the order in which they were made, also while a lane that
   the first of them needs is still being opened.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import weakref
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -293,6 +295,7 @@ class AsyncConnection:
         """Who sees calls in that nobody waits for."""
         self._watch: asyncio.TimerHandle | None = None
         self._adopt(home)
+        _connections.add(self)
 
     def _adopt(self, lane: AsyncLane) -> None:
         lane.owner = self
@@ -522,6 +525,18 @@ class AsyncConnection:
             self._end(_silence(self._timeout))
         else:
             self._watch = self._loop.call_later(self._timeout - silence, self._look)
+
+
+_connections: weakref.WeakSet[AsyncConnection] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    """In a forked child, which has none of the lanes."""
+    for connection in list(_connections):
+        connection._why_closed = "it belongs to the process that this one was forked from"  # noqa: SLF001
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
 class _Greeting:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -114,6 +115,7 @@ class AsyncLane:
         self.descriptor: int | None = None
         """What came with the first bytes. Whoever has said HELLO takes it, or closes it."""
         self._use(sock)
+        _lanes.add(self)
 
     def _use(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -270,3 +272,23 @@ class AsyncLane:
             if count < wanted_bytes:
                 return  # there is no more
             left -= count
+
+    def leave_to_the_parent(self) -> None:
+        """In a forked child: close its copy of the socket, or the daemon would not see ours end.
+
+        The loop is left alone: it has its events in common with the parent's.
+        """
+        if not self._closed:
+            self._closed = True
+            self._sock.close()
+
+
+_lanes: weakref.WeakSet[AsyncLane] = weakref.WeakSet()
+
+
+def _leave_to_the_parent() -> None:
+    for lane in list(_lanes):
+        lane.leave_to_the_parent()
+
+
+os.register_at_fork(after_in_child=_leave_to_the_parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -280,6 +281,32 @@ def test_a_free_that_is_cancelled_while_lanes_are_opened_is_carried_through(
             assert (await space.status())["slots"]["allocated"] == MANY
 
     asyncio.run(main())
+
+
+def test_a_forked_child_of_a_loop_keeps_no_space_alive(daemon: RunningDaemon) -> None:
+    """Its parent's space is closed there, and freed when the parent closes it."""
+    alive, enough = os.pipe()
+    children: list[int] = []
+
+    async def main() -> None:
+        async with vswap.aio.connect(daemon.socket_path, timeout=30) as space:
+            slots = await space.store(noise(MANY))
+            children.append(os.fork())
+            if not children[0]:
+                os.close(enough)
+                os.read(alive, 1)
+                os._exit(not space.closed)
+            assert await space.load(slots) == noise(MANY)
+        async with asyncio.timeout(30), vswap.aio.connect(daemon.socket_path) as other:
+            while (await other.status())["slots"]["allocated"]:
+                await turn()
+
+    try:
+        asyncio.run(main())
+    finally:
+        os.close(enough)
+        os.close(alive)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0]
 
 
 async def turn() -> None:

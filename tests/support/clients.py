@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import vswap
 import vswap.aio
@@ -131,11 +131,46 @@ class OverlappingClient:
         if left:
             await self.space.free(left)
 
+    @property
+    def events(self) -> int:
+        """Pages that were stored or loaded."""
+        return len(self.history.events)
 
-def run_overlapping(
-    path: Path, seed: int, pipe: Connection, until: Callable[[int], bool] | None = None
+    @property
+    def problems(self) -> list[str]:
+        """Loads that no order of the stores explains."""
+        return self.history.problems()
+
+
+class TaskClient(Protocol):
+    """What several tasks do with one space at once."""
+
+    done: int
+    rejects: int
+
+    @property
+    def events(self) -> int:
+        """How much it has seen."""
+
+    @property
+    def problems(self) -> list[str]:
+        """What was not as it should be."""
+
+    async def work(self, until: Callable[[int], bool]) -> None:
+        """A task: do this and that until told that so many requests are enough."""
+
+    async def finish(self) -> None:
+        """Load what is left, and free it."""
+
+
+def run_tasks(
+    path: Path,
+    seed: int,
+    pipe: Connection,
+    until: Callable[[int], bool] | None = None,
+    make: Callable[[int, vswap.aio.Space], TaskClient] = OverlappingClient,
 ) -> None:
-    """A process's whole life: an OverlappingClient with TASKS tasks.
+    """A process's whole life: a client with TASKS tasks.
 
     Args:
         path: the daemon's socket.
@@ -143,11 +178,12 @@ def run_overlapping(
         pipe: told (problems, events, rejects) at the end.
         until: given the requests of a task, whether they are enough; None: until something comes
             through the pipe, through which the number of requests is told in between.
+        make: what kind of client it is.
     """
 
     async def run() -> tuple[list[str], int, int]:
         async with vswap.aio.connect(path, label=f"client {seed}", patience=60) as space:
-            client = OverlappingClient(seed, space)
+            client = make(seed, space)
 
             def enough(_: int) -> bool:
                 if client.done % 20 == 0:
@@ -156,7 +192,7 @@ def run_overlapping(
 
             await asyncio.gather(*(client.work(until or enough) for _ in range(TASKS)))
             await client.finish()
-            return client.history.problems(), len(client.history.events), client.rejects
+            return client.problems, client.events, client.rejects
 
     try:
         pipe.send(asyncio.run(run()))

@@ -12,6 +12,7 @@ import os
 import random
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -21,7 +22,9 @@ from typing import Any, Final, NamedTuple
 import pytest
 
 import vswap
-from support.clients import Worker, run_overlapping
+import vswap.aio
+from support.clients import OverlappingClient, TaskClient, Worker, run_tasks
+from support.impatient import ImpatientClient
 from support.service_manager import ServiceManager, service
 from vswap.control import Control
 
@@ -29,6 +32,7 @@ KILLS: Final = int(os.environ.get("VSWAPD_KILLS", "50"))
 SEED: Final = int(os.environ.get("VSWAPD_SEED", str(random.SystemRandom().randrange(1 << 30))))
 WORKERS: Final = 2
 TIERS: Final = ("lz4,zstd:1", "lz4", "zstd:1,zstd:3")
+KINDS: Final = (OverlappingClient, ImpatientClient)
 _FORK = multiprocessing.get_context("fork")
 
 
@@ -42,10 +46,15 @@ class Client:
     outcome: tuple[list[str], int, int] | None = None
 
     @classmethod
-    def start(cls, manager: ServiceManager, seed: int) -> Client:
+    def start(
+        cls,
+        manager: ServiceManager,
+        seed: int,
+        make: Callable[[int, vswap.aio.Space], TaskClient],
+    ) -> Client:
         here, there = _FORK.Pipe()
         process = _FORK.Process(
-            target=run_overlapping, args=(manager.socket_path, seed, there), daemon=True
+            target=run_tasks, args=(manager.socket_path, seed, there, None, make), daemon=True
         )
         process.start()
         there.close()
@@ -220,7 +229,7 @@ def torture(
     workers = [Worker(manager.socket_path, SEED + number) for number in range(WORKERS)]
     # Forked before any thread is started.
     seeds = iter(range(SEED + 1000, SEED + 1000 + kills + 10))
-    clients = [Client.start(manager, next(seeds)) for _ in range(2)]
+    clients = [Client.start(manager, next(seeds), make) for make in KINDS]
     operator = Operator(manager, directory, place, SEED)
     for thread in (*workers, operator):
         thread.start()
@@ -282,7 +291,7 @@ def test_clients_that_die_leave_nothing(tmp_path: Path) -> None:
             control.call("swapon", path=str(tmp_path / "swap"), size=32 << 20)
         clients = []
         for number in range(6):
-            client = Client.start(manager, SEED + number)
+            client = Client.start(manager, SEED + number, KINDS[number % len(KINDS)])
             while not client.done:
                 client.listen(0.05)
             clients.append(client)

@@ -15,7 +15,7 @@ import pytest
 
 import vswap
 import vswap.aio
-from support.clients import run_overlapping
+from support.clients import run_tasks
 from support.daemon import running_daemon
 from support.history import Event, History
 from vswap.control import Control
@@ -88,7 +88,7 @@ def test_every_page_is_what_it_can_be(shards: int, tmp_path: Path) -> None:
             for number in range(CLIENTS):
                 here, there = _FORK.Pipe()
                 process = _FORK.Process(
-                    target=run_overlapping,
+                    target=run_tasks,
                     args=(daemon.socket_path, seed + number, there, _enough),
                     daemon=True,
                 )

@@ -18,6 +18,7 @@ from typing import Any, Final, TypeVar
 import vswap
 import vswap.aio
 from support.engine import page
+from vswap import aio_lane
 from vswap.protocol import PAGE_BYTES
 
 T = TypeVar("T")
@@ -37,10 +38,15 @@ class GivenUpError(Exception):
 
 
 class ImpatientClient:
-    """See the module. Its memory is the daemon's window, or not, as it happens."""
+    """See the module. Its memory is the daemon's window, or not, as it happens.
+
+    It is to be alone in its process.
+    """
 
     def __init__(self, seed: int, space: vswap.aio.Space) -> None:
         self._chooser = random.Random(seed)
+        # A piece at a time: other tasks are at work, and calls are given up, within a reply.
+        aio_lane._READ_BYTES = 1  # type: ignore[misc]
         self._space = space
         self._may_be: dict[int, set[bytes | None]] = {}
         """What each slot can hold; None: nothing."""

@@ -190,7 +190,9 @@ class Space:
         socket. It is memory as any other in all else: n*4096 bytes, writable, content undefined,
         and free again when nothing looks at it any more. Where the daemon shares no memory, or all
         of it is lent out, it is memory of this process alone, and everything works all the same.
-        A child that is forked while it is in use shares it with this process.
+        A child that is forked while it is in use shares it with this process. After a call that did
+        not come to its end (TimedOut, KeyboardInterrupt) the daemon may still look at it for a
+        moment.
 
         Raises:
             ValueError: n is negative.

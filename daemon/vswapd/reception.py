@@ -94,7 +94,7 @@ class Reception:
         wish, joins, name = parse_wish(hello)
         if wish is None and name is not None:
             # Whoever asks for it comes to the same shard, which knows whether it is in use.
-            wish = crc32(name.encode(errors="replace")) % len(self._children)
+            wish = shard_of(name, len(self._children))
         uid = Peer.of(sock).uid
         if not joins and (why := self._places.refusal(uid)):
             self._refusals.refuse(sock, why, self._loop.time())
@@ -160,6 +160,11 @@ def _peek(sock: socket.socket) -> bytes | None:
         return None
     except OSError:
         return b""  # gone already: a shard will find out
+
+
+def shard_of(name: str, shards: int) -> int:
+    """Where whoever asks for a space of that name comes first."""
+    return crc32(name.encode(errors="replace")) % shards
 
 
 def parse_wish(hello: bytes) -> tuple[int | None, bool, str | None]:

@@ -114,6 +114,27 @@ def user_of(arguments: Arguments) -> int | None:
     return arguments.number("uid", 0, most=_MOST_UID) if "uid" in arguments else None
 
 
+def no_such_space(name: str) -> NoSuchSpaceError:
+    """The error for a space that there is not."""
+    return NoSuchSpaceError(f"there is no space {name!r}")
+
+
+def whose_space(name: str, users: Iterable[int]) -> int:
+    """The one user whose a space of that name is, of all those who have one.
+
+    Raises:
+        NoSuchSpaceError: there are none.
+        ArgumentError: there are several.
+    """
+    found = sorted(set(users))
+    if not found:
+        raise no_such_space(name)
+    if len(found) > 1:
+        text = f"users {', '.join(map(str, found))} have a space {name!r}: say whose (uid)"
+        raise ArgumentError(text)
+    return found[0]
+
+
 class Surroundings(Protocol):
     """What the verbs need of the rest of the service."""
 
@@ -317,11 +338,7 @@ class Steering:
             for space in self._engine.core.spaces.values()
             if space.name == name and uid in {None, space.uid} and not space.closed
         ]
-        if not named:
-            raise NoSuchSpaceError(f"there is no space {name!r}")
-        if len({space.uid for space in named}) > 1:
-            users = ", ".join(str(space.uid) for space in named)
-            raise ArgumentError(f"users {users} have a space {name!r}: say whose (uid)")
+        whose = whose_space(name, [space.uid for space in named])
         for space in named:
             if space.attached:
                 raise OutOfServiceError(
@@ -330,7 +347,7 @@ class Steering:
         slots = sum(space.slots.slots for space in named)
         for space in named:
             yield from self._engine.close_space(space)
-        return {"name": name, "uid": named[0].uid, "freed_slots": slots}
+        return {"name": name, "uid": whose, "freed_slots": slots}
 
     # Work
 

@@ -56,11 +56,20 @@ from vswapd.messages import (
     Stop,
     Tell,
 )
-from vswapd.reception import Reception
+from vswapd.reception import Reception, shard_of
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
-from vswapd.steering import Reloaded, device_of, log_answer, no_such_verb, user_of, with_set
+from vswapd.steering import (
+    Reloaded,
+    device_of,
+    log_answer,
+    no_such_space,
+    no_such_verb,
+    user_of,
+    whose_space,
+    with_set,
+)
 from vswapd_backends.shared import SharedRegion
 from vswapd_backends.shared_extents import owners_region
 from vswapd_blockdev.device import OpenError
@@ -583,19 +592,42 @@ class Supervisor:
         states = await self._states()
         return status.spaces(self._merged(states), states[0].now, uid)
 
-    async def _drop(self, arguments: Arguments, request: dict[str, Any]) -> dict[str, Any]:
+    async def _drop(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         name = arguments.text("name")
+        uid = user_of(arguments)
+        arguments.end()
+        # What is judged is all that there is: a shard may know one user's part only.
+        named = [
+            space
+            for space in self._merged(await self._states()).spaces
+            if space.name == name and uid in {None, space.uid}
+        ]
+        whose = whose_space(name, [space.uid for space in named])
         # One that is in use on any shard is dropped on none.
-        for space in self._merged(await self._states()).spaces:
-            if space.name == name and space.attached and request.get("uid") in {None, space.uid}:
+        for space in named:
+            if space.attached:
                 raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
-        answers = await self._ask_each([Carry(request)] * len(self._children))
+        drop = Carry({"verb": "drop", "name": name, "uid": whose})
+        first = shard_of(name, len(self._children))
+        # Its client may come back at this moment, which it does there: then all of it stays.
+        answers = await self._drop_parts([self._children[first]], drop)
+        answers += await self._drop_parts(
+            [child for child in self._children if child.index != first], drop
+        )
+        if not answers:
+            raise no_such_space(name)
+        freed = sum(answer["freed_slots"] for answer in answers)
+        return {"name": name, "uid": whose, "freed_slots": freed}
+
+    async def _drop_parts(self, children: Sequence[Child], drop: Carry) -> list[dict[str, Any]]:
+        """What those shards answer that have a part of a space; it is on none of them any more."""
+        asked = [self._ask(child, drop) for child in children]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [answer for answer in answers if not isinstance(answer, NoSuchSpaceError)]
-        for answer in found or answers:
+        for answer in found:
             if isinstance(answer, BaseException):
                 raise answer
-        freed = sum(answer["freed_slots"] for answer in found)
-        return {"name": name, "uid": found[0]["uid"], "freed_slots": freed}
+        return [answer for answer in found if isinstance(answer, dict)]
 
     Verb = Callable[["Supervisor", Arguments, dict[str, Any]], Awaitable[dict[str, Any]]]
     verbs: ClassVar[Mapping[str, Verb]] = MappingProxyType(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import multiprocessing
 import os
 import random
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
@@ -20,7 +22,7 @@ import vswap.aio
 from support.daemon import RunningDaemon, running_daemon
 from support.mortal import mortal
 from support.service_manager import service
-from support.wire import BAD_ARGUMENT, HELLO, SPACE_BUSY, Wire
+from support.wire import BAD_ARGUMENT, CONTROL, FOR_CONTROL, HELLO, SPACE_BUSY, Wire
 from vswap.control import Control
 
 PAGE = 4096
@@ -142,6 +144,64 @@ def test_another_users_name_is_another_space(daemon: RunningDaemon) -> None:
         assert control.call("drop", name="shared?")["freed_slots"] == 10
 
 
+def take_one_shard(path: Path) -> None:
+    """Another user's space of the same name, of one part."""
+    os.setresuid(NOBODY, NOBODY, NOBODY)
+    with Wire(path) as wire:
+        wire.hello(name="shared?")
+        assert len(wire.store(noise(3)).slots) == 3
+
+
+def await_nobody(control: Control) -> None:
+    """Until the daemon has seen that the clients of all spaces have gone."""
+    while any(space["pid"] for space in control.call("spaces")["spaces"]):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="being another user needs root")
+def test_a_drop_that_does_not_say_whose_drops_nothing(daemon: RunningDaemon) -> None:
+    """Not even on those shards that know only one user's part of it."""
+    with vswap.connect(daemon.socket_path, name="shared?") as space:
+        slots = space.store(noise(900))
+    other = FORK.Process(target=take_one_shard, args=(daemon.socket_path,))
+    other.start()
+    other.join()
+    with Control(daemon.socket_path) as control:
+        await_nobody(control)
+        with pytest.raises(vswap.BadArgument, match="say whose"):
+            control.call("drop", name="shared?")
+        with pytest.raises(vswap.BadArgument, match="uid"):
+            control.call("drop", name="shared?", uid=[NOBODY])
+    with vswap.connect(daemon.socket_path, name="shared?") as space:
+        assert space.load(slots) == noise(900)
+
+
+def test_a_space_that_is_taken_up_while_it_is_to_be_dropped_stays_whole() -> None:
+    """Its client has come to its first shard, and to no other one yet: none drops its part."""
+    with running_daemon("server.shards=3") as daemon:
+        name = next(n for n in map(str, range(100)) if crc32(n.encode()) % 3 == 0)
+        with vswap.connect(daemon.socket_path, name=name) as space:
+            slots = space.store(noise(900))
+        with Control(daemon.socket_path) as control:
+            await_nobody(control)
+        children = Path(f"/proc/{daemon.pid}/task/{daemon.pid}/children").read_text().split()
+        slow = int(children[1])
+        with Wire(daemon.socket_path) as operator, Wire(daemon.socket_path) as other:
+            operator.hello(FOR_CONTROL, shard=2)
+            other.hello(FOR_CONTROL, shard=2)
+            os.kill(slow, signal.SIGSTOP)
+            body = json.dumps({"verb": "drop", "name": name}).encode()
+            operator.socket.sendall(operator.frame(CONTROL, body))
+            for _ in range(50):  # by then all others have said that the space has no client
+                assert other.control("nonsense").status == BAD_ARGUMENT
+            with Wire(daemon.socket_path) as client:
+                client.hello(name=name)
+                os.kill(slow, signal.SIGCONT)
+                assert "in use by pid" in operator.reply().text
+        with vswap.connect(daemon.socket_path, name=name) as space:
+            assert space.load(slots) == noise(900)
+
+
 def keep_house(path: Path, pipe: Connection) -> None:
     """Somebody who may not steer, and his own spaces."""
     os.setresuid(NOBODY, NOBODY, NOBODY)
@@ -222,8 +282,6 @@ def open_many(daemon: RunningDaemon, made: list[str]) -> None:
 @pytest.mark.parametrize("name", ["", " x", "x ", "a\nb", "\x00", "x" * 256, 7, ["x"]])
 def test_what_is_no_name_is_refused(daemon: RunningDaemon, name: object) -> None:
     """Nothing is opened, and the daemon says what a name is."""
-    import json
-
     with Wire(daemon.socket_path) as wire:
         reply = wire.ask(HELLO, json.dumps({"name": name}).encode())
         assert reply.status == BAD_ARGUMENT

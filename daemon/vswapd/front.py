@@ -20,6 +20,7 @@ import os
 import resource
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
@@ -130,6 +131,8 @@ class Front:
         self._reloads: set[asyncio.Task[None]] = set()
         self._metrics: Any = None
         """The exporter, once metrics are switched on for the first time."""
+        self._metrics_lock = threading.Lock()
+        self._metrics_ended = False
         self.body: Body
 
     # Running
@@ -186,8 +189,11 @@ class Front:
             beside(made, tell)
 
     def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
+        with self._metrics_lock:
+            # What is being set is taken back while the daemon ends: its threads would never end.
+            self._metrics_ended = True
+            if self._metrics is not None:
+                self._metrics.close()
 
     # What the service manager shows
 
@@ -225,15 +231,19 @@ class Front:
         Raises:
             ConfigError: it cannot be done; all is as it was.
         """
-        keys = config.metrics
-        if self._metrics is None and (keys.listen or keys.textfile):
+        with self._metrics_lock:
+            if not self._metrics_ended:
+                self._apply_metrics(config.metrics.listen, config.metrics.textfile)
+        journal.set_up(config.log.level)
+
+    def _apply_metrics(self, listen: str, textfile: str) -> None:
+        if self._metrics is None and (listen or textfile):
             # Only now: it brings a library of 3 MB.
             from vswapd.metrics import Exporter
 
             self._metrics = Exporter(self._document)
         if self._metrics is not None:
-            self._metrics.apply(keys.listen, keys.textfile)
-        journal.set_up(config.log.level)
+            self._metrics.apply(listen, textfile)
 
     def _document(self) -> dict[str, Any]:
         """The status document, for threads."""

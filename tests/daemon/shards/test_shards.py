@@ -385,6 +385,27 @@ def test_a_shard_is_killed_while_it_is_asked() -> None:
         assert "exception was never retrieved" not in daemon.log
 
 
+def test_a_setting_that_the_end_cuts_off_holds_nothing_up() -> None:
+    """It is taken back when metrics have ended already; they do not begin again."""
+    with running_daemon("server.shards=2") as daemon:
+        metrics, file = daemon.directory / "vswapd.prom", daemon.directory / "vswapd.toml"
+        file.write_text(f'[metrics]\ntextfile = "{metrics}"\n')
+        daemon.reload()
+        while not metrics.exists():
+            pass
+        _, slow = children(daemon)
+        os.kill(slow, signal.SIGSTOP)
+        file.write_text(f'[metrics]\ntextfile = "{metrics}"\n[store]\nenabled = false\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.await_notification("RELOADING=1")
+        daemon.process.send_signal(signal.SIGTERM)
+        while metrics.exists():
+            pass
+        os.kill(slow, signal.SIGCONT)
+        daemon.terminate()
+        assert not metrics.exists()
+
+
 def test_shards_end_with_their_supervisor() -> None:
     """A supervisor that is killed leaves no process behind."""
     with running_daemon("server.shards=2") as daemon:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import copyreg
 import logging
 import os
@@ -99,6 +100,7 @@ class Channel:
 
         Raises:
             ChannelClosedError: the other end has gone, now or meanwhile.
+            OutOfServiceError: there are no descriptors to send it with; nothing was sent.
             Exception: whatever the other end's handler raised.
         """
         if not self._open:
@@ -107,8 +109,11 @@ class Channel:
         number = self._last_id
         answer = self._loop.create_future()
         self._asked[number] = answer
-        self._send(_REQUEST, number, message, descriptors)
         try:
+            try:
+                self._send(_REQUEST, number, message, descriptors)
+            except OSError as error:
+                raise OutOfServiceError(f"{error.strerror}: raise RLIMIT_NOFILE") from None
             return await answer
         finally:
             self._asked.pop(number, None)
@@ -117,7 +122,7 @@ class Channel:
         body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
         head = _HEAD.pack(len(body), number, kind, len(descriptors))
         # Ours to close once they are sent: the caller may close its own at once.
-        duplicates = [os.dup(fd) for fd in descriptors]
+        duplicates = _copies(descriptors) if descriptors else []
         self._output.append((memoryview(head + body), duplicates))
         if len(self._output) == 1:
             self._writable()
@@ -253,3 +258,18 @@ class Channel:
             # Not gather: of tasks that have ended but not yet left the set, it comes back at once,
             # and they never leave it.
             await asyncio.wait(self._tasks)
+
+
+def _copies(descriptors: Sequence[int]) -> list[int]:
+    """Copies of all of them, or of none: that of a device would keep it locked.
+
+    Raises:
+        OSError: there are not so many descriptors to be had.
+    """
+    copies: list[int] = []
+    with contextlib.ExitStack() as undo:
+        for fd in descriptors:
+            copies.append(os.dup(fd))
+            undo.callback(os.close, copies[-1])
+        undo.pop_all()
+    return copies

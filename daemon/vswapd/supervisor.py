@@ -488,7 +488,11 @@ class Supervisor:
             except OpenError as error:
                 raise OutOfServiceError(str(error)) from None
             attach, fd = device.attach()
-            owners = owners_region(attach.extents, len(self._children))
+            try:
+                owners = owners_region(attach.extents, len(self._children))
+            except OSError as error:
+                device.close()
+                raise OutOfServiceError(f"{entry.path}: {error.strerror}") from None
             # Known before any shard uses it: one that dies from now on gets it again.
             self._devices[entry.path] = Dealt(device, owners)
             try:

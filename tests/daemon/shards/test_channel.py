@@ -67,6 +67,31 @@ def test_a_request_whose_descriptors_cannot_be_had_is_refused() -> None:
     asyncio.run(scenario())
 
 
+def test_a_request_whose_descriptors_cannot_be_sent_leaves_none_open() -> None:
+    """Of two there is room for one: its copy would keep a device locked for good."""
+
+    async def scenario() -> None:
+        one, other = pair()
+        fds = [os.memfd_create("something"), os.memfd_create("more")]
+        before = resource.getrlimit(resource.RLIMIT_NOFILE)
+        last = os.dup(fds[0])
+        os.close(last)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+        try:
+            with pytest.raises(OutOfServiceError, match="raise RLIMIT_NOFILE"):
+                await one.ask("too much", fds)
+            os.close(os.dup(fds[0]))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        assert await one.ask("again", fds) == "again"
+        for fd in fds:
+            os.close(fd)
+        one.close()
+        other.close()
+
+    asyncio.run(scenario())
+
+
 def test_late_answers_overtake_nobody() -> None:
     """A request that takes long does not hold up the answers of those after it."""
     gate = asyncio.Event()

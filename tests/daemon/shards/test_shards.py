@@ -189,6 +189,27 @@ def test_a_device_serves_all_shards(daemon: RunningDaemon, tmp_path: Path) -> No
             assert wire.load(slots).body == pages
 
 
+@pytest.mark.parametrize("spare", [0, 1, 2, 3])
+def test_a_swapon_that_lacks_descriptors_leaves_nothing_behind(
+    daemon: RunningDaemon, tmp_path: Path, spare: int
+) -> None:
+    """However far it came: the operator is told why, and the device is not locked after it."""
+    path = str(tmp_path / "swap")
+    with Control(daemon.socket_path) as control:
+        control.status()
+        before = resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE)
+        open_now = {int(entry.name) for entry in Path(f"/proc/{daemon.pid}/fd").iterdir()}
+        unused = (fd for fd in range(before[0]) if fd not in open_now)
+        limit = next(fd for index, fd in enumerate(unused) if index == spare)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+        with pytest.raises(vswap.OutOfService, match=r"Too many open files|RLIMIT_NOFILE"):
+            control.call("swapon", path=path, size=32 << 20)
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, before)
+        assert not control.status()["devices"]
+        control.call("swapon", path=path, size=32 << 20)
+        control.call("swapoff", path=path)
+
+
 def test_a_swapoff_that_one_shard_cannot_do_leaves_the_device(tmp_path: Path) -> None:
     """If the pages of one shard fit nowhere the device stays in use for all, with all its pages."""
     path = str(tmp_path / "swap")

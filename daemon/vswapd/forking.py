@@ -49,8 +49,10 @@ class Child:
     beaten: bool = False
     ready: bool = False
     """Whether its process has started."""
+    alive: bool = False
+    """Whether there is a process that was not waited for yet."""
     there: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set while there is a process, and at the very end."""
+    """Set while there is a process that can be talked to, and at the very end."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 

@@ -196,16 +196,27 @@ class Supervisor:
 
     def _begin(self, child: Child, pidfd: int) -> None:
         """A process has been made: talk to it, and be told of its end."""
-        child.channel = Channel(child.sock, self._handler(child))
+        child.channel = Channel(child.sock, self._handler(child), lambda: self._hung_up(child))
+        child.alive = True
         child.there.set()
         self._loop.add_reader(pidfd, self._died, child, pidfd)
+
+    def _hung_up(self, child: Child) -> None:
+        """A process has died, or is about to: its end of the channel goes before it does.
+
+        From now on whatever is for the shard waits for the process after it.
+        """
+        child.there.clear()
+        self._reception.clear(child)
 
     def _died(self, child: Child, pidfd: int) -> None:
         self._loop.remove_reader(pidfd)
         os.close(pidfd)
         _, status_word = os.waitpid(child.pid, 0)
-        child.there.clear()
-        child.channel.close()
+        child.alive = False
+        if child.there.is_set():
+            child.channel.close()
+            self._hung_up(child)
         if self._stopping or not self._serving:
             self._gone(child)
             if not self._stopping:
@@ -225,7 +236,6 @@ class Supervisor:
             child.pid,
             how,
         )
-        self._reception.clear(child)
         child.beaten = child.ready = False
         if len(child.deaths) > _MOST_DEATHS:
             self._later(self._revive_later(child))
@@ -264,7 +274,7 @@ class Supervisor:
     async def _stop(self) -> None:
         self._stopping = True
         for child in self._children:
-            if child.there.is_set():
+            if child.alive:
                 child.channel.tell(Stop())
             else:
                 self._gone(child)

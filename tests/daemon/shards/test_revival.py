@@ -22,7 +22,15 @@ import pytest
 import vswap
 from support.daemon import RunningDaemon, running_daemon
 from support.mortal import mortal
-from support.wire import BAD_ARGUMENT, HELLO, REASONS, SPACE_LOST, Wire
+from support.wire import (
+    BAD_ARGUMENT,
+    CONTROL,
+    FOR_CONTROL,
+    HELLO,
+    REASONS,
+    SPACE_LOST,
+    Wire,
+)
 from vswap.control import Control
 from vswapd.config_schema import Device, Server
 from vswapd.forking import Child
@@ -316,6 +324,27 @@ def test_a_shard_may_die_again_and_again(daemon: RunningDaemon) -> None:
             kill(unlucky)
             unlucky = successor(daemon, survivors | {unlucky})
         assert space.load(slots) == content
+
+
+def test_what_was_asked_of_a_shard_is_asked_of_the_next_process() -> None:
+    """A verb goes on, whichever is seen first: that the shard has hung up, or that it has died."""
+    with (
+        running_daemon("server.shards=2") as daemon,
+        Wire(daemon.socket_path) as operator,
+        Wire(daemon.socket_path) as other,
+    ):
+        operator.hello(FOR_CONTROL, shard=0)
+        other.hello(FOR_CONTROL, shard=0)
+        here, unlucky = shards_of(daemon)
+        for _ in range(8):
+            os.kill(unlucky, signal.SIGSTOP)
+            operator.socket.sendall(operator.frame(CONTROL, b'{"verb": "compact"}'))
+            for _ in range(10):  # by then the supervisor has asked
+                assert other.control("nonsense").status == BAD_ARGUMENT
+            kill(unlucky)
+            reply = operator.reply()
+            assert reply.status == 0, reply.text
+            unlucky = successor(daemon, {here, unlucky})
 
 
 def test_a_shard_that_cannot_be_made_for_now_is_made_later(daemon: RunningDaemon) -> None:

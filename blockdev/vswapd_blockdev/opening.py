@@ -68,7 +68,7 @@ def open_swap_device(
     try:
         fd, created = _open(path, create=size is not None)
     except OSError as error:
-        raise OpenError(path, _open_text(error, create=size is not None)) from None
+        raise _refusal(path, error, create=size is not None) from None
     except ValueError:
         raise OpenError(path.encode("utf-8", "replace").decode(), "is no file name") from None
     try:
@@ -95,7 +95,7 @@ def reopen_swap_device(path: str, header: DeviceHeader) -> Opened:
     try:
         fd, _ = _open(path, create=False)
     except OSError as error:
-        raise OpenError(path, _open_text(error, create=False)) from None
+        raise _refusal(path, error, create=False) from None
     try:
         return _take_again(path, fd, header)
     except BaseException as error:
@@ -144,6 +144,12 @@ def _open(path: str, *, create: bool) -> tuple[int, bool]:
         # Opening a device can be an act in itself (a watchdog, a tape), so it is not even tried.
         raise OSError(errno.ENOTBLK, os.strerror(errno.ENOTBLK))
     return os.open(path, _FLAGS), False
+
+
+def _refusal(path: str, error: OSError, *, create: bool) -> OpenError:
+    # A block device that another process has is busy before its lock can be asked for.
+    kind = LockedError if error.errno == errno.EBUSY else OpenError
+    return kind(path, _open_text(error, create=create))
 
 
 def _open_text(error: OSError, *, create: bool) -> str:

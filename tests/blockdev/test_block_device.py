@@ -10,7 +10,7 @@ import pytest
 
 from support.blockdevices import EXTENTS, SIZE, as_root
 from vswapd_blockdev.checked import CheckedDevice
-from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, OpenError
+from vswapd_blockdev.device import BLOCK_BYTES, EXTENT_BYTES, LockedError, OpenError
 from vswapd_blockdev.header import DATA_OFFSET, parse_header
 from vswapd_blockdev.swapfile import SwapFile
 
@@ -48,6 +48,15 @@ def test_links_are_how_block_devices_are_named(loop_device: str, tmp_path: Path)
     with pytest.raises(OpenError, match="in use"):
         SwapFile.open(loop_device)
     device.close()
+
+
+def test_one_that_a_dying_process_still_has_is_locked(loop_device: str) -> None:
+    """Whoever opens it again may wait for that, as with a file: its pages are not lost."""
+    device = SwapFile.open(loop_device, boot_id=b"x" * 16)
+    with pytest.raises(LockedError, match="is in use"):
+        SwapFile.reopen(loop_device, extents=EXTENTS, boot_id=b"x" * 16, encrypted=False)
+    device.close()
+    SwapFile.reopen(loop_device, extents=EXTENTS, boot_id=b"x" * 16, encrypted=False).close()
 
 
 @pytest.mark.parametrize("place", [510, 65600, (1 << 20) - 1, SIZE - 4096])

@@ -109,15 +109,15 @@ class DeviceMoves:
             extents = [extent for extent in live if extent not in stuck]
             if extents:
                 try:
-                    moved += yield from self._drain(device, extents[0], found)
-                except _StuckError as error:
-                    moved += error.moved
-                    if give_up:
-                        group = self._core.groups[int(device.group[extents[0]])]
-                        lost += self._core.lose(*error.stuck, group)
-                    elif not error.moved:
-                        # Else there may be some that were loaded while they were about to move.
-                        stuck[extents[0]] = error
+                    done = yield from self._drain_or_give_up(
+                        device, extents[0], found, stuck, give_up=give_up
+                    )
+                except SwapoffError as error:
+                    if lost:
+                        raise SwapoffError(f"{error}; {lost} page(s) were given up") from None
+                    raise
+                moved += done.moved
+                lost += done.lost
             elif live:
                 raise self._stuck(device, stuck[live[0]], moved)
             elif device.pins.any() or device.discarding:
@@ -127,6 +127,27 @@ class DeviceMoves:
                 yield from self._core.devices.discard()
             else:
                 return Drained(moved, lost)
+
+    def _drain_or_give_up(
+        self,
+        device: SwapDevice,
+        extent: int,
+        found: dict[int, Directory],
+        stuck: dict[int, _StuckError],
+        *,
+        give_up: bool,
+    ) -> Operation[Drained]:
+        """Move what lives in an extent; what cannot be moved is given up, or noted in `stuck`."""
+        try:
+            return Drained((yield from self._drain(device, extent, found)), 0)
+        except _StuckError as error:
+            if give_up:
+                group = self._core.groups[int(device.group[extent])]
+                return Drained(error.moved, self._core.lose(*error.stuck, group))
+            if not error.moved:
+                # Else there may be some that were loaded while they were about to move.
+                stuck[extent] = error
+            return Drained(error.moved, 0)
 
     @staticmethod
     def _stuck(device: SwapDevice, first: _StuckError, moved: int) -> SwapoffError:

@@ -546,6 +546,10 @@ class Supervisor:
             if used is not None:
                 attach, fd = used.device.attach()
                 await self._ask_each([attach] * len(self._children), [fd, used.owners.fd])
+            lost = sum(answer["lost_pages"] for answer in answers if isinstance(answer, dict))
+            if lost and isinstance(failed[0], OutOfServiceError):
+                text = f"{failed[0]}; other shards have given up {lost} page(s)"
+                raise OutOfServiceError(text) from None
             raise failed[0]
         self._lost.discard(path)
         if used is not None:

@@ -312,6 +312,24 @@ def test_only_what_is_stuck_is_given_up() -> None:
     assert rig.swapoff(rig.devices[0], give_up=True) == (99, 1)
 
 
+def test_a_swapoff_that_fails_says_what_it_has_given_up() -> None:
+    """What nobody could read is lost by then, though there was no room for the rest."""
+    rig = make_engine(8 * MIB, devices=[16])
+    space = rig.space()
+    slots, _ = _fill(rig, space, 200, kind="noise")
+    device = rig.devices[0]
+    device.bad_blocks = set(range(BLOCKS))
+    gone = int(rig.device_of(device).live_entries[0])
+    rig.set(pool_enabled=False)
+    with pytest.raises(SwapoffError, match=rf"has room .*; {gone} page\(s\) were given up"):
+        rig.swapoff(device, give_up=True)
+    assert rig.engine.snapshot().slots.lost == gone > 0
+    with pytest.raises(SwapoffError) as caught:
+        rig.swapoff(device, give_up=True)
+    assert "given up" not in str(caught.value)
+    assert rig.tags(slots).count(Tag.LOST) == gone
+
+
 def test_what_is_damaged_can_be_given_up_without_a_write_budget() -> None:
     """Nothing is to be written for it: the others go to the pool."""
     rig = make_engine(8 * MIB, devices=[16])

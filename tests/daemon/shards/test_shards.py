@@ -27,6 +27,8 @@ from support.wire import (
     Wire,
 )
 from vswap.control import Control
+from vswapd_blockdev.device import EXTENT_BYTES
+from vswapd_blockdev.header import DATA_OFFSET
 
 SHARDS = 3
 
@@ -228,6 +230,37 @@ def test_a_swapoff_that_one_shard_cannot_do_leaves_the_device(tmp_path: Path) ->
         (device,) = control.status()["devices"]
         assert device["state"] == "on"
         assert light.load(few).body == noise(10, 99)
+        for seed, slots in enumerate(heavy):
+            assert full.load(slots).body == noise(64, seed)
+        assert light.store(noise(10, 98)).status == 0
+        control.call("writeback", bytes=1 << 20)
+        assert control.call("verify")["ok"]
+
+
+def test_a_swapoff_that_one_shard_cannot_do_says_what_others_have_given_up(
+    tmp_path: Path,
+) -> None:
+    """Pages that nobody can read are lost on one shard by the time another one has no room."""
+    path = tmp_path / "swap"
+    with (
+        running_daemon("server.shards=2", "pool.max=4M") as daemon,
+        Control(daemon.socket_path) as control,
+        on_shard(daemon, 0) as full,
+        on_shard(daemon, 1) as light,
+    ):
+        control.call("swapon", path=str(path), size=64 << 20)
+        light.store(noise(10))
+        control.call("writeback", bytes=64 << 20)
+        with path.open("r+b") as file:
+            file.seek(DATA_OFFSET)
+            file.write(noise(EXTENT_BYTES // 4096))
+        heavy = [full.store(noise(64, seed)).slots for seed in range(40)]
+        control.call("writeback", bytes=64 << 20)
+        with pytest.raises(vswap.OutOfService, match=r"has room .* given up 10 page\(s\)"):
+            control.call("swapoff", path=str(path), give_up=True)
+        document = control.status()
+        assert document["slots"]["lost"] == 10
+        assert document["devices"][0]["state"] == "on"
         for seed, slots in enumerate(heavy):
             assert full.load(slots).body == noise(64, seed)
         assert light.store(noise(10, 98)).status == 0

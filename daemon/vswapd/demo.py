@@ -169,9 +169,14 @@ def take(programs: Sequence[live_programs.LiveProgram], pages: int) -> dict[str,
     return {program.name: capture(program.pid, share) for program in programs}
 
 
-def offload(socket_path: Path, name: str, captured: Capture, tick: Tick) -> tuple[Held, float]:
-    """Store a program's pages in a space of their own; also the seconds that the calls took."""
-    space = vswap.connect(socket_path, label=name)
+def offload(
+    socket_path: Path, name: str, captured: Capture, tick: Tick, made: contextlib.ExitStack
+) -> tuple[Held, float]:
+    """Store a program's pages in a space of their own; also the seconds that the calls took.
+
+    `made` closes the space, also when Ctrl-C comes between two calls.
+    """
+    space = made.enter_context(vswap.connect(socket_path, label=name))
     slots, seconds = [], 0.0
     for at in range(0, len(captured.pages), BATCH):
         batch = captured.pages[at : at + BATCH]
@@ -293,8 +298,7 @@ def _show_with(console: Console, socket_path: Path, pid: int, size: int) -> None
         held, seconds = [], 0.0
         with _progress(console, "offloading", pages) as tick:
             for name, captured in taken.items():
-                one, took = offload(socket_path, name, captured, tick)
-                stack.callback(one.space.close)
+                one, took = offload(socket_path, name, captured, tick, stack)
                 held.append(one)
                 seconds += took
         stored = Speed(pages=pages, seconds=seconds)

@@ -627,7 +627,7 @@ class Supervisor:
                 raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
         drop = Carry({"verb": "drop", "name": name, "uid": whose})
         first = shard_of(name, len(self._children))
-        # Its client may come back at this moment, which it does there: then all of it stays.
+        # A client may ask for it at this moment, which it does there: then all of it stays.
         answers = await self._drop_parts([self._children[first]], drop)
         answers += await self._drop_parts(
             [child for child in self._children if child.index != first], drop

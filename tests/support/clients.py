@@ -8,16 +8,17 @@ This module must not know how the daemon is run, or what happens to it.
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import vswap
 import vswap.aio
@@ -28,31 +29,32 @@ KINDS: Final = ("text", "mixed", "noise", "repeat", "zero")
 TASKS: Final = 3
 
 
-class OverlappingClient:
-    """One process's tasks over one space; slots are shared by its tasks."""
+class TaskClient(abc.ABC):
+    """What several tasks do with one space at once, in a process of their own."""
 
     def __init__(self, seed: int, space: vswap.aio.Space) -> None:
         self.chooser = random.Random(seed)
         self.space = space
-        self.history = History()
-        self.slots: list[int] = []
         self.busy: set[int] = set()
-        """Slots that are being freed: nobody else may name them."""
-        self.made = seed * 10_000_000
+        """Slots that a task has to itself: nobody else may name them."""
         self.rejects = 0
         self.done = 0
+        """Requests so far."""
+        self._made = seed * 10_000_000
 
     def fresh(self, count: int) -> list[bytes]:
-        self.made += count
+        """Pages that no client has had."""
+        self._made += count
         kinds = self.chooser.choices(KINDS, k=count)
-        return [page(kind, self.made + i) for i, kind in enumerate(kinds)]
+        return [page(kind, self._made + i) for i, kind in enumerate(kinds)]
 
-    def some(self) -> list[int]:
-        there = [slot for slot in self.slots if slot not in self.busy]
-        return self.chooser.sample(there, min(len(there), self.chooser.choice([1, 3, 40])))
+    def some_of(self, slots: Iterable[int], counts: Sequence[int]) -> list[int]:
+        """Some that are not busy, so many or fewer."""
+        there = [slot for slot in slots if slot not in self.busy]
+        return self.chooser.sample(there, min(len(there), self.chooser.choice(counts)))
 
     async def work(self, until: Callable[[int], bool]) -> None:
-        """Do this and that until told that so many requests are enough."""
+        """A task: do this and that until told that so many requests are enough."""
         steps = 0
         while not until(steps):
             steps += 1
@@ -61,6 +63,48 @@ class OverlappingClient:
                 [self.store, self.overwrite, self.load, self.free], [3, 3, 6, 1.5]
             )[0]
             await what()
+
+    @abc.abstractmethod
+    async def store(self) -> None:
+        """Store new pages."""
+
+    @abc.abstractmethod
+    async def overwrite(self) -> None:
+        """Store over some slots."""
+
+    @abc.abstractmethod
+    async def load(self) -> None:
+        """Load some, and look at them now or at the end."""
+
+    @abc.abstractmethod
+    async def free(self) -> None:
+        """Free some."""
+
+    @abc.abstractmethod
+    async def finish(self) -> None:
+        """Load what is left, and free it."""
+
+    @property
+    @abc.abstractmethod
+    def events(self) -> int:
+        """How much it has seen."""
+
+    @property
+    @abc.abstractmethod
+    def problems(self) -> list[str]:
+        """What was not as it should be."""
+
+
+class OverlappingClient(TaskClient):
+    """Slots are shared by its tasks; what they may find follows from when calls began and ended."""
+
+    def __init__(self, seed: int, space: vswap.aio.Space) -> None:
+        super().__init__(seed, space)
+        self.history = History()
+        self.slots: list[int] = []
+
+    def some(self) -> list[int]:
+        return self.some_of(self.slots, [1, 3, 40])
 
     async def store(self) -> None:
         pages = self.fresh(self.chooser.choice([1, 5, 64, 200]))
@@ -140,27 +184,6 @@ class OverlappingClient:
     def problems(self) -> list[str]:
         """Loads that no order of the stores explains."""
         return self.history.problems()
-
-
-class TaskClient(Protocol):
-    """What several tasks do with one space at once."""
-
-    done: int
-    rejects: int
-
-    @property
-    def events(self) -> int:
-        """How much it has seen."""
-
-    @property
-    def problems(self) -> list[str]:
-        """What was not as it should be."""
-
-    async def work(self, until: Callable[[int], bool]) -> None:
-        """A task: do this and that until told that so many requests are enough."""
-
-    async def finish(self) -> None:
-        """Load what is left, and free it."""
 
 
 def run_tasks(

@@ -280,6 +280,8 @@ def test_a_device_that_is_gone_loses_its_pages_alone(
         with Control(manager.socket_path) as control:
             control.call("swapoff", path=str(path))
             assert not control.status()["devices"]
+    manager.stop()
+    assert not [name for name in manager.kept if "extents" in name]
 
 
 def test_a_device_that_is_there_again_has_its_pages_again(

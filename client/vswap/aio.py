@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
 import numpy as np
 
 from vswap.address import client_name
-from vswap.aio_connection import AsyncConnection, open_connection
+from vswap.aio_connection import AsyncConnection
+from vswap.aio_greeting import open_connection
 from vswap.buffers import empty_bytes, padded_pages_of, pages_of, slots_of, target_of
 from vswap.errors import U64
 from vswap.greeting import PATIENCE_S

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from vswap.address import Candidate, Search, hung_up, unconnected_socket
 from vswap.conversation import Conversation
-from vswap.errors import Broken, VswapError
+from vswap.errors import Broken, TimedOut, VswapError
 from vswap.window import receive
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ async def _connect(sock: socket.socket, candidate: Candidate) -> None:
             await asyncio.sleep(_RETRY_S)
         else:
             return
+
+
+def silence(silence_s: float | None) -> TimedOut:
+    """The error for a shard that says nothing."""
+    return TimedOut(f"the daemon was silent for {silence_s} s")
 
 
 class Owner(Protocol):

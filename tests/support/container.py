@@ -2,8 +2,7 @@
 
 Invariants:
 - Booted means what its systemd says: READY on nspawn's notification socket. Nothing polls.
-- A run gets a copy of the tree. The tree that is kept (in build/, as it takes a minute to
-  make) is never booted.
+- A run gets a copy of the tree (`trees`), which is removed with it.
 - One at a time, on one machine: nspawn puts them all into the same control group.
 - Leaving the block powers it off and removes the copy and its control groups. Should this process
   be killed, the kernel ends the container.
@@ -26,15 +25,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.sources import REPOSITORY
+from support import trees
 
-KEPT = REPOSITORY / "build" / "system-tests"
 BOOT_DEADLINE_S = 120.0
 COMMAND_DEADLINE_S = 300.0
 """No command inside takes longer than a minute, installing everything included."""
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")
 LOCK = Path("/run/lock/vswapd-system-tests")
-COMMANDS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv")
+COMMANDS = ("systemd-nspawn", "nsenter", "setpriv")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # What a machine allows its own systemd and nspawn withholds: locking memory, and raising limits.
@@ -46,7 +44,7 @@ def missing() -> str | None:
     if os.geteuid() != 0:
         return "booting a container needs root"
     absent = [command for command in COMMANDS if shutil.which(command) is None]
-    return f"not installed: {', '.join(absent)}" if absent else None
+    return f"not installed: {', '.join(absent)}" if absent else trees.missing()
 
 
 def raises_limits() -> bool:
@@ -56,29 +54,6 @@ def raises_limits() -> bool:
         if name == "CapEff":
             return bool(int(value, 16) >> 24 & 1)  # CAP_SYS_RESOURCE, see capability.h
     return False
-
-
-def release() -> str:
-    """The Debian (or derived) release of this machine, for which debootstrap has a mirror."""
-    for line in Path("/etc/os-release").read_text().splitlines():
-        name, _, value = line.partition("=")
-        if name == "VERSION_CODENAME":
-            return value.strip('"')
-    return "stable"
-
-
-def tree() -> Path:
-    """The kept tree, made if it is not there yet. Takes about a minute then."""
-    made = KEPT / f"{release()}-{'-'.join(PACKAGES)}"
-    if made.exists():
-        return made
-    KEPT.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=KEPT, prefix="making-") as name:
-        new = Path(name) / "tree"
-        command = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
-        _checked([*command, release(), str(new)])
-        new.rename(made)
-    return made
 
 
 @dataclass(slots=True, kw_only=True)
@@ -136,15 +111,14 @@ def _checked(command: Sequence[str], script: str | None = None) -> subprocess.Co
 
 @contextlib.contextmanager
 def booted_container() -> Iterator[Container]:
-    """Boot a fresh copy of the tree until the block ends."""
-    original = tree()
+    """Boot a fresh copy of the tree of this machine's release until the block ends."""
+    original = trees.tree(trees.this_release(), PACKAGES)
     with (
         LOCK.open("w") as alone,
         tempfile.TemporaryDirectory(dir="/var/tmp", prefix="vswapd-machine-") as name,
+        trees.copy(original) as root,
     ):
         fcntl.flock(alone, fcntl.LOCK_EX)
-        root = Path(name) / "root"
-        _checked(["cp", "-a", "--reflink=auto", str(original), str(root)])
         (root / "etc" / "machine-id").unlink(missing_ok=True)
         notify_path = Path(name) / "notify"
         console_path = Path(name) / "console"

@@ -1,7 +1,7 @@
 # vswapd: everything a clone can do. Needs python3 (3.11 or newer, with venv) and make.
 #
-# `make` alone lists the targets. What the demo, the tests and the checks need goes into .venv, what
-# is to be installed into build/; only `make install` and `make uninstall` write elsewhere.
+# `make` alone lists the targets. What tests and checks need goes into .venv, what the demo needs and
+# what is to be installed into build/; only `make install` and `make uninstall` write elsewhere.
 
 PYTHON ?= python3
 PREFIX ?= /usr/local
@@ -34,11 +34,21 @@ $(VENV)/stamp: pyproject.toml
 	touch $@
 
 .PHONY: venv
-venv: $(VENV)/stamp ## install everything into .venv
+venv: $(VENV)/stamp ## install what tests and checks need into .venv
+
+# The demo has an environment of its own: who only wants to see what this is installs no test tool.
+DEMO := build/demo
+$(DEMO)/stamp: pyproject.toml
+	@echo 'making $(DEMO) (once; it takes a few seconds)'
+	rm -rf $(DEMO)
+	$(PYTHON) -m venv $(DEMO)
+	$(DEMO)/bin/python $(PIP_INSTALL) --editable .
+	$(DEMO)/bin/python -m pip --quiet uninstall --yes setuptools pip
+	touch $@
 
 .PHONY: demo
-demo: $(VENV)/stamp ## offload real memory to a daemon of its own and load it back
-	$(BIN)/python -m vswapd.demo
+demo: $(DEMO)/stamp ## offload real memory to a daemon of its own and load it back
+	$(DEMO)/bin/python -m vswapd.demo
 
 .PHONY: test
 test: $(VENV)/stamp ## run the whole test suite
@@ -77,7 +87,7 @@ bench-peers: $(VENV)/stamp ## compare with zram, Redis, memcached and LMDB (zram
 	$(BIN)/python -m bench.peers
 
 .PHONY: clean
-clean: ## remove .venv and everything that was built
+clean: ## remove both environments and everything that was built
 	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

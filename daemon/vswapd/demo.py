@@ -311,7 +311,7 @@ def _show_with(console: Console, socket_path: Path, pid: int, size: int) -> None
         with _progress(console, "loading back in random order", pages) as tick:
             loaded = Speed(pages=pages, seconds=load_back(held, tick))
         console.print(f"all {pages:,} pages are what they were, byte for byte", style="green")
-        memory = _resident_bytes(pid)
+        memory = _resident(pid)
         start = time.perf_counter()
         for one in held:
             one.space.free(one.slots)
@@ -347,7 +347,7 @@ def _taken(console: Console, size: int) -> dict[str, Capture]:
     return taken
 
 
-def _summary(status: Status, memory: int, stored: Speed, loaded: Speed, freed: Speed) -> Table:
+def _summary(status: Status, memory: str, stored: Speed, loaded: Speed, freed: Speed) -> Table:
     slots, pool, device = status["slots"], status["pool"], status["devices"][0]
     held = slots["allocated"] * PAGE_BYTES
     in_memory = pool["bytes"] + status["table"]["bytes"]
@@ -356,7 +356,7 @@ def _summary(status: Status, memory: int, stored: Speed, loaded: Speed, freed: S
         f"zero) in {human_size(in_memory)} of RAM and {human_size(device['live_bytes'])} of disk",
         "saved": f"{human_size(status['saved_bytes'])} of RAM; what is in the pool shrank "
         f"{status['ratio']:.2f} : 1",
-        "daemon": f"{human_size(memory)} resident in all, Python included",
+        "daemon": f"{memory} resident in all, Python included",
         "store": str(stored),
         "load": f"{loaded}; in random order, {slots['phys'] / slots['allocated']:.0%} from disk",
         "free": str(freed),
@@ -367,11 +367,19 @@ def _summary(status: Status, memory: int, stored: Speed, loaded: Speed, freed: S
     return table
 
 
-def _resident_bytes(pid: int) -> int:
-    """Memory of a process and its children; what they share counts once."""
+def _resident(pid: int) -> str:
+    """Memory of a process and its children: what they share counts once, where that can be told.
+
+    Nobody but root can look into a daemon (`undumpable`). Everybody else sees what each process has:
+    what they have shared since the fork then counts once for each of them.
+    """
     daemon = psutil.Process(pid)
     processes = [daemon, *daemon.children(recursive=True)]
-    return sum(int(process.memory_full_info().pss) for process in processes)
+    try:
+        return human_size(sum(int(process.memory_full_info().pss) for process in processes))
+    except psutil.AccessDenied:
+        most = sum(int(process.memory_info().rss) for process in processes)
+        return f"at most {human_size(most)}"
 
 
 def _disk(wanted: int) -> str:

@@ -62,7 +62,7 @@ _FOLIO: Final = 64
 _POOL_MAX: Final = 1 << 30
 _BUFFERS: Final = 64 << 20
 _PATIENCE_S: Final = 30.0
-_REQUEST_TIMEOUT_S: Final = 2.0
+REQUEST_TIMEOUT_S: Final = 2.0
 _PIPELINED: Final = 64
 _UNDER_WAY: Final = 8
 _SCM_MAX_FD: Final = 253
@@ -281,6 +281,10 @@ KINDS: Final[Mapping[str, Callable[[Path, Pages, Done], None]]] = {
 }
 
 
+WAITS: Final = frozenset({"half frames", "deaf"})
+"""Kinds that have done something only when they were cut off, so not in every turn."""
+
+
 def _flood(kind: str, path: Path, pages: Pages, count: Any, ready: Any, stop: Any) -> None:
     """A flood's process."""
 
@@ -322,13 +326,24 @@ def flooding(kind: str, path: Path, pages: Pages, floods: int) -> Iterator[Calla
             process.join()
 
 
+def _moved(kind: str, count: Callable[[], int]) -> Callable[[], bool]:
+    """Whether floods have done something from now on: a turn may be over before they have had one.
+
+    On a busy machine it is.
+    """
+    first = count()
+    return lambda: kind in WAITS or count() > first
+
+
 # The client, and the daemon
 
 
 class Daemon:
     """A daemon, and the client that is measured."""
 
-    def __init__(self, directory: Path, shards: str, pages: Pages) -> None:
+    def __init__(
+        self, directory: Path, shards: str, pages: Pages, request_timeout_s: float
+    ) -> None:
         self._stack: Final = contextlib.ExitStack()
         self.socket: Final = directory / "vswapd.sock"
         config = directory / "vswapd.toml"
@@ -337,7 +352,7 @@ class Daemon:
             "server.socket": self.socket,
             "server.shards": shards,
             "server.buffer_memory": _BUFFERS,
-            "server.request_timeout": f"{_REQUEST_TIMEOUT_S:g}s",
+            "server.request_timeout": f"{request_timeout_s:g}s",
             "pool.max": _POOL_MAX,
         }
         command = [sys.executable, "-m", "vswapd", "serve", f"--config={config}"]
@@ -355,12 +370,18 @@ class Daemon:
         """End the daemon."""
         self._stack.close()
 
-    def work(self, seconds: float, least: int = 1) -> float:
-        """Store, load and free for so long, and so many folios at least; pages per second."""
+    def work(self, seconds: float, until: Callable[[], bool] = lambda: True) -> float:
+        """Store, load and free for so long, one folio at least, and `until`; pages per second.
+
+        Raises:
+            TimeoutError: `until` does not come true.
+        """
         space, folios, into = self._space, self._folios, self._into
         number = 0
         begun = time.perf_counter()
-        while (spent := time.perf_counter() - begun) < seconds or number < least:
+        while (spent := time.perf_counter() - begun) < seconds or not number or not until():
+            if spent > seconds + _PATIENCE_S:
+                raise TimeoutError(f"nothing was done beside the client for {spent:.0f} s")
             folio = folios[number % len(folios)]
             slots = space.store(folio)
             space.load(slots, into=into)
@@ -390,6 +411,7 @@ def measure(
     rounds: int = ROUNDS,
     floods: int = FLOODS,
     turn_s: float = TURN_S,
+    request_timeout_s: float = REQUEST_TIMEOUT_S,
 ) -> Iterator[Result]:
     """All kinds in turns, with a daemon of so many shards.
 
@@ -401,11 +423,12 @@ def measure(
         rounds: how often each kind is measured.
         floods: processes that flood at a time.
         turn_s: seconds of each measurement.
+        request_timeout_s: the daemon's, after which it cuts off who lets it wait.
     """
     rates: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     answered = dict.fromkeys(kinds, 0)
     grown = dict.fromkeys(kinds, 0)
-    daemon = Daemon(directory, shards, pages)
+    daemon = Daemon(directory, shards, pages, request_timeout_s)
     try:
         daemon.work(turn_s)
         before = daemon.anonymous_bytes()
@@ -414,7 +437,7 @@ def measure(
                 alone = daemon.work(turn_s)
                 with flooding(kind, daemon.socket, pages, floods) as count:
                     first = count()
-                    rates[kind].append((alone, daemon.work(turn_s)))
+                    rates[kind].append((alone, daemon.work(turn_s, _moved(kind, count))))
                     answered[kind] += count() - first
                     grown[kind] = max(grown[kind], daemon.anonymous_bytes() - before)
     finally:

@@ -370,8 +370,8 @@ def _summary(status: Status, memory: str, stored: Speed, loaded: Speed, freed: S
 def _resident(pid: int) -> str:
     """Memory of a process and its children: what they share counts once, where that can be told.
 
-    Nobody but root can look into a daemon (`undumpable`). Everybody else sees what each process has:
-    what they have shared since the fork then counts once for each of them.
+    Nobody but root can look into a daemon (`undumpable`). Everybody else sees what each process
+    has, and what they have shared since the fork counts once for each of them.
     """
     daemon = psutil.Process(pid)
     processes = [daemon, *daemon.children(recursive=True)]

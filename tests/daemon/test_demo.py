@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,14 @@ SMALL = ("--size", "64M", "--pool", "8M")
 
 
 def start(directory: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """The demo as a process, with its temporary files in that directory."""
+    """The demo as a process; its temporary files are in that directory, if that is on a disk.
+
+    Ctrl-C ends it also where this process ignores SIGINT, as those that a script has put into the
+    background do.
+    """
+    command = [sys.executable, "-W", "error", "-m", "vswapd.demo", *arguments]
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "vswapd.demo", *arguments],
+        ["env", "--default-signal=INT", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -53,23 +59,34 @@ def test_the_demo_does_it_all_and_leaves_nothing(short_path: Path) -> None:
     assert "freed: pool 0 B, table 0 B, device 0 B" in out
     assert "us per page" in out
     assert "\x1b" not in out
+    assert not own_directory(out).exists()
     assert not list(short_path.iterdir())
+
+
+def own_directory(out: str) -> Path:
+    """Where the demo says that its files are."""
+    found = re.search(r"^in (/.*), encrypted", out, re.MULTILINE)
+    assert found, out
+    return Path(found[1])
 
 
 def test_ctrl_c_cleans_up(short_path: Path) -> None:
     """Interrupted while the daemon runs, it ends with 130, and leaves no file and no daemon."""
     process = start(short_path, *SMALL, PYTHONUNBUFFERED="1")
     assert process.stdout is not None
+    out = ""
     for line in process.stdout:
+        out += line
         if line.startswith("captured from"):
             break
-    (directory,) = short_path.iterdir()
+    directory = own_directory(out)
     daemons = _pids_with(str(directory))
     assert daemons
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err == "interrupted; everything was removed\n"
+    assert not directory.exists()
     assert not list(short_path.iterdir())
     assert not _pids_with(str(directory))
 

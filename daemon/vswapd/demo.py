@@ -174,9 +174,10 @@ def offload(
 ) -> tuple[Held, float]:
     """Store a program's pages in a space of their own; also the seconds that the calls took.
 
-    `made` closes the space, also when Ctrl-C comes between two calls.
+    `made` closes the space, whenever Ctrl-C comes.
     """
-    space = made.enter_context(vswap.connect(socket_path, label=name))
+    with _uninterrupted():  # or what is connected, and not yet in `made`, would be left
+        space = made.enter_context(vswap.connect(socket_path, label=name))
     slots, seconds = [], 0.0
     for at in range(0, len(captured.pages), BATCH):
         batch = captured.pages[at : at + BATCH]
@@ -461,6 +462,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     console.print(f"that took {time.perf_counter() - start:.0f} s", style="dim")
     return 0
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C and SIGTERM strike when the block is over, not within it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

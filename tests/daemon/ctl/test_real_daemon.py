@@ -184,7 +184,7 @@ sys.exit(vswapd.ctl.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="hardware: only root can be somebody else")
 def test_strangers_may_look_but_not_steer() -> None:
     """Another user reads the status; steering is exit 77, as is a socket that is closed to them."""
     with running_daemon("pool.max=16M", "server.socket_mode=666") as daemon:

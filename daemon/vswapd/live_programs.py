@@ -20,11 +20,13 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import shutil
 import sqlite3
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,12 +36,14 @@ from typing import Any, Final
 import numpy as np
 
 _READY: Final = b"ready\n"
+_PATIENCE_S: Final = 120.0
+"""Growing takes seconds, on a busy machine some dozens."""
 _MOST_SOURCES: Final = 400
 MIB: Final = 1 << 20
 
 
 class ProgramFailedError(Exception):
-    """A program ended before it was ready; the text has what it said."""
+    """A program did not get ready; the text has what it said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +181,7 @@ def running(sizes: Mapping[str, int]) -> Iterator[list[LiveProgram]]:
         sizes: how many MB each is to grow to, by name (of OURS and OTHERS).
 
     Raises:
-        ProgramFailedError: one of them ended before it was ready.
+        ProgramFailedError: one of them ended before it was ready, or is not for too long.
     """
     with contextlib.ExitStack() as stack:
         started = [(name, _start(stack, name, size)) for name, size in sizes.items()]
@@ -209,15 +213,26 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _await_ready(name: str, process: subprocess.Popen[bytes]) -> LiveProgram:
+    """Wait until it says so. What it says before (warnings of a locale, say) is for the error."""
     assert process.stdout is not None
-    said = process.stdout.readline()
-    if said != _READY:
-        said += process.stdout.read()
-        raise ProgramFailedError(
-            f"the program {name!r} ended with {process.wait()}: {said.decode(errors='replace')}"
-        )
+    said = b""
+    ready = select.poll()
+    ready.register(process.stdout)
+    give_up = time.monotonic() + _PATIENCE_S
+    while _READY not in said.splitlines(keepends=True):
+        if not ready.poll(max(0.0, give_up - time.monotonic()) * 1000):
+            raise _failed(name, f"was not ready within {_PATIENCE_S:.0f} s", said)
+        some = os.read(process.stdout.fileno(), 65536)
+        if not some:
+            raise _failed(name, f"ended with {process.wait()}", said)
+        said += some
     what = _GROWERS[name][0] if name in _GROWERS else _FOREIGN[name][0]
     return LiveProgram(name=name, what=what, pid=process.pid)
+
+
+def _failed(name: str, what: str, said: bytes) -> ProgramFailedError:
+    text = said.decode(errors="replace").strip()
+    return ProgramFailedError(f"the program {name} {what}" + (f": {text}" if text else ""))
 
 
 def _resident_bytes() -> int:

@@ -168,6 +168,16 @@ def test_programs_grow_to_their_size(name: str) -> None:
     assert len(found.pages) * 4096 < 128 << 20
 
 
+def test_a_program_may_warn_before_it_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perl complains of a locale that is not installed: the program is ready all the same."""
+    script = "print('warning: no locale %d'); print('ready', flush=True); input()"
+    monkeypatch.setattr(
+        live_programs, "_FOREIGN", {"perl": ("warns", (sys.executable, "-c", script))}
+    )
+    with grown("perl") as program:
+        os.kill(program.pid, 0)
+
+
 def test_programs_end_with_the_block() -> None:
     """After the block no program is left."""
     with grown("arrays") as program:

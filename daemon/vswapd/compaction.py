@@ -19,10 +19,13 @@ from typing import Final
 
 import numpy as np
 
+from vswapd.admission import Admission, Growth
 from vswapd.core import Core
+from vswapd.groups import Group
 from vswapd.swap_table import Tag
 from vswapd_backends.base import I64, PAGE_BYTES, PAUSE, SEGMENT_BYTES, Operation, Places
-from vswapd_backends.segment import CAPACITY, fits
+from vswapd_backends.segment import CAPACITY, Directory, fits
+from vswapd_backends.zswap import Compressed
 
 SPARSE: Final = 0.85
 """Segments of which less than this share is needed are worth copying together with others."""
@@ -48,8 +51,9 @@ class CompactResult:
 class Compaction:
     """Packs sparse segments."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, admission: Admission) -> None:
         self._core = core
+        self._admission = admission
 
     def waste(self) -> int:
         """Pool memory that no live entry needs."""
@@ -82,18 +86,20 @@ class Compaction:
             return self._copy(sources[zswap.live_entries[sources] > 0])
         finally:
             for segment in sources.tolist():
-                zswap.unpin(segment)
+                self._core.unpin(segment)
 
     def _copy(self, sources: I64) -> CompactResult:
         """Copy sealed segments of one stream together, each with live entries; there is a free one.
 
-        Perhaps not all that lives in them: what does not fit stays.
+        Perhaps not all that lives in them: what does not fit stays. (A segment that is copied in
+        part stays as it is, and what was taken from it is there twice. That needs room.)
         """
         if not len(sources):
             return CompactResult(0, 0)
         core, zswap = self._core, self._core.zswap
         before = zswap.in_use_bytes
         stream = zswap.stream_of(int(sources[0]))
+        group = core.groups[stream[1]]
         target, builder = zswap.new_segment(stream)
         numbers, words, offsets, lengths = [], [], [], []
         for segment in sources.tolist():
@@ -102,9 +108,9 @@ class Compaction:
                 Tag.ZSWAP, segment, directory.numbers, directory.offsets
             )
             count = fits(directory.lengths[alive], builder.room)
-            if not count:
-                break
             live = directory.pick(alive[:count])
+            if count < len(alive) and not self._has_room_for(live, group):
+                break
             entries = zswap.stored(live.offsets + segment * SEGMENT_BYTES, live.lengths)
             numbers.append(live.numbers)
             words.append(current[:count])
@@ -130,12 +136,17 @@ class Compaction:
             np.concatenate(words),
             Tag.ZSWAP,
             places,
-            core.groups[stream[1]],
+            group,
         )
         assert len(flipped) == len(length)
         moved = int(length.sum())
         core.stats.compact_bytes += moved
         return CompactResult(moved, before - zswap.in_use_bytes)
+
+    def _has_room_for(self, live: Directory, group: Group) -> bool:
+        """Whether entries can be there twice until the rest of their segment is copied, too."""
+        need = Compressed(0, b"", live.lengths, int(live.lengths.sum()))
+        return len(live) > 0 and self._admission.admit(group, need, Growth.REWRITE) is None
 
     def _choose(self) -> I64:
         """Sparse sealed segments of one stream, the sparsest, enough to fill one; by age.

@@ -20,7 +20,7 @@ import numpy.ma  # np.unique would import it at its first call: 17 ms under the 
 from vswapd.clusters import Clusters
 from vswapd.control import Control
 from vswapd.groups import Group, Groups, Space
-from vswapd.ledger import Column, Ledger
+from vswapd.ledger import IDLE, Column, Ledger
 from vswapd.memory import Head, ShardMemory
 from vswapd.pressure import Pressure
 from vswapd.settings import Settings
@@ -102,6 +102,7 @@ class Core:
         table = self.table.words
         if len(numbers) == 1:
             self._publish_one(space, numbers.item(), words.item())
+            self.enter(space.group)
             return
         old = table[numbers]
         table[numbers] = words
@@ -113,6 +114,7 @@ class Core:
                 self.zswap.give_up(places_of(some))
             elif tag == Tag.PHYS:
                 self.devices.give_up(places_of(some))
+        self.enter(space.group)
 
     def _publish_one(self, space: Space, number: int, word: int) -> None:
         """The same for one, in numbers of Python's: a third of the time."""
@@ -154,6 +156,7 @@ class Core:
         space.zero_pages += zeros
         space.backed_pages += zeros + others
         self._charge(space, space.group, Tag.ZSWAP, length)
+        self.enter(space.group)
 
     @staticmethod
     def _charge(space: Space, group: Group, tag: int, length: int) -> None:
@@ -210,6 +213,7 @@ class Core:
             self.zswap.give_up(old_places)
         else:
             self.devices.give_up(old_places)
+        self.enter(group)
         return same
 
     def lose(self, numbers: I64, expected: U64, group: Group) -> int:
@@ -236,6 +240,7 @@ class Core:
             space.backed_pages -= int((owners == owner).sum())
             space.compressed_bytes -= int(places.length[owners == owner].sum())
         self.devices.give_up(places)
+        self.enter(group)
         return len(numbers)
 
     def _resized(self, numbers: I64, gains: I64, group: Group) -> None:
@@ -295,13 +300,29 @@ class Core:
         if self.pressure.why:
             arena.trim()
 
-    def enter(self) -> None:
-        """Tell the other shards what this one holds."""
+    def enter(self, group: Group | None = None) -> None:
+        """Tell the other shards what the pools of this one occupy, and what it holds for a group.
+
+        Done wherever a word has changed and wherever a segment may have gone, so that what was
+        entered before it was there (see `admission`) is replaced in the same step.
+        """
         if self.ledger.alone:
             return
         self.ledger.enter(Column.POOL, self.zswap.in_use_bytes)
+        if group is not None:
+            group.enter()
+
+    def enter_all(self) -> None:
+        """Tell the other shards all that this one holds: those before it may have said more."""
+        self.enter()
+        self.ledger.enter(Column.SHRINKING, IDLE)
         for group in self.groups:
             group.enter()
+
+    def unpin(self, segment: int, *, leaving: bool = True) -> None:
+        """Undo a pin of a segment (see `Zswap.pin`); if it goes with that, others may know."""
+        self.zswap.unpin(segment, leaving=leaving)
+        self.enter()
 
     def budget_left(self) -> int | None:
         """Bytes that may still be written back today; None: any number."""

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from vswapd.admission import Admission, Growth
 from vswapd.core import Core
 from vswapd.errors import NoSuchDeviceError, SwapoffError
 from vswapd.extent_reads import ExtentReads, Live, Named
@@ -65,8 +66,11 @@ class _StuckError(SwapoffError):
 class DeviceMoves:
     """Drains devices and merges extents."""
 
-    def __init__(self, core: Core, writeback: Writeback, fallback: Fallback) -> None:
+    def __init__(
+        self, core: Core, admission: Admission, writeback: Writeback, fallback: Fallback
+    ) -> None:
         self._core = core
+        self._admission = admission
         self._writeback = writeback
         self._fallback = fallback
         self._reads: Final = ExtentReads(core)
@@ -186,12 +190,12 @@ class DeviceMoves:
             devices.unpin(number)
 
     def _to_pool(self, moving: Live, compressed: Compressed, group: Group) -> int:
-        """Entries that have room there; returns how many have moved."""
+        """Entries that were admitted; returns how many have moved."""
         core = self._core
         numbers = moving.directory.numbers
         places = core.zswap.append(group.index, numbers, compressed, core.clock())
         flipped = core.flip(numbers, moving.words, Tag.ZSWAP, places, group)
-        self._give_up_unflipped(places, flipped)
+        self._give_up_unflipped(places, flipped, group)
         return len(flipped)
 
     def _move(self, moving: Live, device: SwapDevice, extent: int) -> Operation[int]:
@@ -235,20 +239,15 @@ class DeviceMoves:
         return flipped_count
 
     def _pool_takes(self, group: Group, compressed: Compressed) -> bool:
-        core, settings = self._core, self._core.settings
-        room = group.pool_room()
-        return (
-            settings.pool_enabled
-            and (room is None or compressed.compressed_bytes <= room)
-            and core.zswap.growth(compressed) <= core.pool_room()
-            and core.zswap.has_segments_for(compressed)
-        )
+        """Whether the pool takes entries, to be put there in this very step."""
+        return self._admission.admit(group, compressed, Growth.RETURN) is None
 
-    def _give_up_unflipped(self, places: Places, flipped: I64) -> None:
+    def _give_up_unflipped(self, places: Places, flipped: I64, group: Group) -> None:
         stale = np.ones(len(places.number), np.bool_)
         stale[flipped] = False
         if stale.any():
             self._core.zswap.give_up(places.pick(stale))
+            self._core.enter(group)
 
     # Merging
 

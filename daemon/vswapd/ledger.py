@@ -2,8 +2,11 @@
 
 One row per shard in shared memory, one column per thing that has a limit: bytes of pool, bytes that
 were written back today, and for each group its bytes in pools and on devices. Limits hold in sum:
-who wants to grow looks at the sum and enters the growth under the ledger's lock, before it grows;
-what it then really took, and what it gave back, is entered without.
+who wants to grow looks at the sum and enters the growth under the ledger's lock, before it grows
+(see `admission`); what it then really took, and what it gave back, is entered without.
+
+Where the sum is above what is wanted, each shard makes its share go (see `share`). So that those
+that can do not wait for those that cannot, each also says what its shrinker can do.
 
 With one shard there is nobody else: every sum is 0, and the lock is none.
 
@@ -45,12 +48,21 @@ class Column(IntEnum):
     """The day that BUDGET is of."""
     BUDGET = 2
     """Bytes that were written back on that day, and that are being."""
+    SHRINKING = 16 * 1024 - 1
+    """What its shrinker does: IDLE, STUCK, or, if it has seen the high watermark of all pools
+    passed, 1 and the bytes that it wants to be left. The last column of a row: no earlier daemon
+    has used it, so that a ledger which one of them has left says IDLE."""
 
 
-_FIRST_GROUP: Final = len(Column)
+IDLE: Final = 0
+STUCK: Final = -1
+"""Nothing that the shard holds can go as things stand: others need not wait for it."""
+
+
+_FIRST_GROUP: Final = 3
 _COLUMNS: Final = 16 * 1024
 """Whole pages per row, so that a region's size tells how many rows there are."""
-assert _FIRST_GROUP + 2 * MOST_GROUPS <= _COLUMNS
+assert _FIRST_GROUP + 2 * MOST_GROUPS <= Column.SHRINKING < _COLUMNS
 
 
 class Ledger:
@@ -66,6 +78,11 @@ class Ledger:
             self._rows = words.view(np.int64).reshape(rows, _COLUMNS)
         self.shard: Final = shard
         self.shards: Final = 1 if self._rows is None else len(self._rows) - _HEAD
+        # Single words, read and written by way of views of Python's: a few of them cost a third of
+        # what numpy takes for a column, and all of this is done for every store.
+        views = [] if self._rows is None else [memoryview(row) for row in self._rows[_HEAD:]]
+        self._mine: Final = views[shard] if views else None
+        self._others: Final = views[:shard] + views[shard + 1 :]
 
     @property
     def alone(self) -> bool:
@@ -74,15 +91,28 @@ class Ledger:
 
     def others(self, column: int) -> int:
         """What the other shards hold of it together."""
-        if self._rows is None:
-            return 0
-        held = self._rows[_HEAD:, column]
-        return int(held.sum()) - held.item(self.shard)
+        held = 0
+        for row in self._others:
+            held += row[column]
+        return held
+
+    def stuck(self, column: int) -> int:
+        """What of that is of shards that cannot make anything go."""
+        return sum(row[column] for row in self._others if row[Column.SHRINKING] == STUCK)
+
+    def working(self, floor: int) -> bool:
+        """Whether another shard has seen the high watermark passed, and is not done with it.
+
+        Args:
+            floor: bytes that this shard wants to be left. Who wants less to be left has been told
+                of another limit: what it does is no reason to begin.
+        """
+        return any(row[Column.SHRINKING] > floor for row in self._others)
 
     def enter(self, column: int, value: int) -> None:
         """Say what this shard holds of it."""
-        if self._rows is not None:
-            self._rows[_HEAD + self.shard, column] = value
+        if self._mine is not None:
+            self._mine[column] = value
 
     def budget_of_others(self, day: int) -> int:
         """What the other shards have written back on a day."""

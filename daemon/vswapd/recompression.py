@@ -31,8 +31,9 @@ from typing import Final
 
 import numpy as np
 
+from vswapd.admission import Admission, Growth
 from vswapd.core import Core
-from vswapd.ledger import Column
+from vswapd.groups import Group
 from vswapd.swap_table import Tag, referenced
 from vswapd_backends.base import (
     I64,
@@ -85,8 +86,9 @@ class _Denser:
 class Recompression:
     """Moves old pages of the other pools into the dense one."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, admission: Admission) -> None:
         self._core = core
+        self._admission = admission
         self.busy: Callable[[], bool] = lambda: False
         """Whether the machine has something better to do; asked before pages go only by age."""
         self.cpu_clock: Callable[[], float] = time.thread_time
@@ -159,7 +161,8 @@ class Recompression:
         if target is None or not len(found):
             return 0
         stream = zswap.stream_of(int(found[0]))
-        batch = self._fitting(found[zswap.in_stream(found, stream)][:BATCH])
+        group = core.groups[stream[1]]
+        batch = self._fitting(found[zswap.in_stream(found, stream)][:BATCH], group)
         if batch is None:
             return 0
         pinned = list(batch.segments)
@@ -182,11 +185,11 @@ class Recompression:
             while pinned and target is self.target:
                 self._rejuvenate(pinned[0], stream)
                 zswap.tried[pinned[0]] = True
-                zswap.unpin(pinned.pop(0), leaving=False)
+                core.unpin(pinned.pop(0), leaving=False)
                 yield PAUSE
         finally:
             for segment in pinned:
-                zswap.unpin(segment, leaving=False)
+                core.unpin(segment, leaving=False)
         return max(1, int(batch.lengths.sum()))
 
     def _denser(self, source: Codec, target: Codec, batch: _Batch) -> _Denser:
@@ -207,19 +210,14 @@ class Recompression:
             self.step_back()
         return _Denser(stored, np.array(lengths, np.int64), self.cpu_clock() - begun)
 
-    def _fitting(self, segments: I64) -> _Batch | None:
+    def _fitting(self, segments: I64, group: Group) -> _Batch | None:
         """As many of these segments as there is room for what comes out of them; None: of none."""
         for count in range(len(segments), 0, -1):
             batch = self._gather(segments[:count].tolist())
-            if self._has_room((batch.lengths * self._expected).astype(np.int64)):
+            need = _of_lengths((batch.lengths * self._expected).astype(np.int64))
+            if self._admission.judge(group, need, Growth.REWRITE) is None:
                 return batch
         return None
-
-    def _has_room(self, lengths: I64) -> bool:
-        """Whether entries of such lengths can be put beside all that is there."""
-        need = Compressed(0, b"", lengths, int(lengths.sum()))
-        zswap = self._core.zswap
-        return zswap.growth(need) <= self._core.pool_room() and zswap.has_segments_for(need)
 
     def _gather(self, segments: list[int]) -> _Batch:
         """The entries of segments that are alive, were not loaded, and are not raw."""
@@ -286,7 +284,8 @@ class Recompression:
         if not len(which):
             return 0
         numbers, lengths = batch.numbers[which], denser.lengths[which]
-        if not self._take_room(lengths):
+        group = core.groups[stream[1]]
+        if self._admission.admit(group, _of_lengths(lengths), Growth.REWRITE) is not None:
             return None  # others have taken it meanwhile
         segment, builder = zswap.new_segment(stream)
         payload = b"".join([denser.stored[i] for i in which.tolist()])
@@ -294,25 +293,12 @@ class Recompression:
         zswap.adopt(segment, builder, age=age, stamp=stamp)
         zswap.tried[segment] = True
         places = Places.within(segment, offsets, lengths)
-        group = core.groups[stream[1]]
         flipped = core.flip(numbers, batch.words[which], Tag.ZSWAP, places, group)
         assert len(flipped) == len(which)
         before = int(batch.lengths[which].sum())
         core.stats.recompress_pages += len(which)
         core.stats.recompress_saved_bytes += before - int(lengths.sum())
         return before
-
-    def _take_room(self, lengths: I64) -> bool:
-        """As `_has_room`, and what it takes is entered: shards cannot pass the limit together."""
-        ledger, zswap = self._core.ledger, self._core.zswap
-        if ledger.alone:
-            return self._has_room(lengths)
-        with ledger.hold():
-            if not self._has_room(lengths):
-                return False
-            need = Compressed(0, b"", lengths, int(lengths.sum()))
-            ledger.enter(Column.POOL, zswap.in_use_bytes + zswap.growth(need))
-            return True
 
     def _rejuvenate(self, segment: int, stream: Stream) -> None:
         """Move the entries of a segment that were loaded to the young end, unmarked."""
@@ -325,14 +311,20 @@ class Recompression:
         left = directory.pick(alive[hot])
         payload = b"".join(zswap.stored(left.offsets + segment * SEGMENT_BYTES, left.lengths))
         compressed = Compressed(stream[0], payload, left.lengths, int(left.lengths.sum()))
-        if not self._take_room(compressed.lengths):
+        group = core.groups[stream[1]]
+        if self._admission.admit(group, compressed, Growth.REWRITE) is not None:
             return
         core.clear_reference(left.numbers)
         expected = core.table.words[left.numbers]
         places = zswap.append(stream[1], left.numbers, compressed, core.clock())
-        flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, core.groups[stream[1]])
+        flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, group)
         assert len(flipped) == len(left)
         core.stats.compact_bytes += compressed.compressed_bytes
+
+
+def _of_lengths(lengths: I64) -> Compressed:
+    """What entries of such lengths are to an admission."""
+    return Compressed(0, b"", lengths, int(lengths.sum()))
 
 
 def denser_form(

@@ -137,7 +137,7 @@ def recover(core: Core, reopen: Reopen) -> None:
     for kept in devices:
         _attach(core, kept, sums.extents[kept.index], reopen)
     _trim_table(core)
-    core.enter()
+    core.enter_all()
     core.enter_budget()
 
 

@@ -1,26 +1,22 @@
-"""The ladder's first rung: does the pool take a folio, and if not, can room be made for it.
+"""The ladder's first rung: room in a pool that does not take a folio as things stand.
 
 Making room means compaction first, where enough lies waste, and then writing back the *oldest*
 segments (direct reclaim): new pages do not go to the device while old ones sit in RAM. A group over
 its own limit pays with its own pages, never with another's.
 
 Invariants:
-- The pool never grows beyond the limit that holds (`pressure`) by what is admitted here.
-- Once the pool has had to refuse, it refuses until it is at or below the accept threshold
-  (hysteresis, as mm/zswap.c): a full pool does not swing between one page more and one page less.
+- Nobody need go for a folio that would not fit into an empty pool.
 
-This module must not know slots, words or devices.
+This module must not know slots, words or devices, or what makes the pool refuse.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-
 from vswap.protocol import Reason
+from vswapd.admission import Admission, Refusal
 from vswapd.compaction import Compaction
 from vswapd.core import Core
 from vswapd.groups import Group
-from vswapd.ledger import Column
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import PAUSE, WAIT, Operation
 from vswapd_backends.zswap import Compressed
@@ -29,58 +25,21 @@ _RECLAIM_AT_ONCE = 4
 """Extents that a store in need of room writes back at a time: written in parallel."""
 
 
-class Refusal(Enum):
-    """Why the pool does not take a folio as things stand."""
-
-    OFF = "off"
-    """Pool switched off, or its limit, or the group's, is 0."""
-    FULL = "full"
-    GROUP = "group"
-
-
 class Room:
-    """Admits folios to the pool."""
+    """Makes room in the pool for folios."""
 
-    def __init__(self, core: Core, writeback: Writeback, compaction: Compaction) -> None:
+    def __init__(
+        self, core: Core, admission: Admission, writeback: Writeback, compaction: Compaction
+    ) -> None:
         self._core = core
+        self._admission = admission
         self._writeback = writeback
         self._compaction = compaction
 
-    def refusal(self, group: Group, compressed: Compressed) -> Refusal | None:
-        """What the pool says to a folio now; None: it takes it. Changes nothing but `full`."""
-        settings = self._core.settings
-        if not settings.pool_enabled or not settings.pool_max or group.limits.pool_max == 0:
-            return Refusal.OFF
-        ledger = self._core.ledger
-        if ledger.alone:
-            return self._judge(group, compressed)
-        with ledger.hold():
-            refusal = self._judge(group, compressed)
-            if refusal is None:
-                # Entered before it is appended: shards cannot pass the limit together.
-                use = self._core.zswap.in_use_bytes + self._core.zswap.growth(compressed)
-                ledger.enter(Column.POOL, use)
-                group.enter(compressed.compressed_bytes)
-            return refusal
-
-    def _judge(self, group: Group, compressed: Compressed) -> Refusal | None:
-        """Compare what a folio needs with what all limits leave."""
-        core, settings, zswap = self._core, self._core.settings, self._core.zswap
-        room = group.pool_room()
-        if room is not None and compressed.compressed_bytes > room:
-            return Refusal.GROUP
-        if core.pool_was_full:
-            if core.pool_use() > settings.accept_threshold * core.pressure.limit:
-                return Refusal.FULL
-            core.pool_was_full = False
-        if zswap.growth(compressed) > core.pool_room():
-            return Refusal.FULL
-        return None if zswap.has_segments_for(compressed) else Refusal.FULL
-
     def make(self, group: Group, compressed: Compressed) -> Operation[Refusal | None]:
-        """Make room for a folio; returns None when the pool takes it, else why it never will."""
+        """Make room for a folio; returns None when it is admitted, else why it never will be."""
         while True:
-            refusal = self.refusal(group, compressed)
+            refusal = self._admission.admit(group, compressed)
             if refusal is None or refusal is Refusal.OFF:
                 return refusal
             if self._hopeless(group, compressed):

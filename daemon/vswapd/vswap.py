@@ -23,6 +23,7 @@ import numpy as np
 
 from vswap.protocol import Reason
 from vswapd import snapshot as snapshots
+from vswapd.admission import Admission, Refusal
 from vswapd.answers import Answer
 from vswapd.clusters import SlotSet, bad_slots, refuse_duplicates, slots_of
 from vswapd.compaction import Compaction, CompactResult
@@ -33,6 +34,7 @@ from vswapd.errors import (
     ArgumentError,
     BadSlotError,
     BatchError,
+    EngineError,
     OutOfServiceError,
 )
 from vswapd.fallback import Fallback
@@ -44,7 +46,7 @@ from vswapd.memory import Shape, ShardMemory
 from vswapd.pressure import Meter
 from vswapd.recompression import Recompression
 from vswapd.recovery import Reopen, recover
-from vswapd.room import Refusal, Room, reason_for
+from vswapd.room import Room, reason_for
 from vswapd.settings import Settings
 from vswapd.shrinker import Shrinker
 from vswapd.swap_table import (
@@ -94,12 +96,15 @@ class Engine:
             self.core: Final = Core(settings, memory, clock, ledger)
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
+        self._admission: Final = Admission(self.core)
         self._writeback: Final = Writeback(self.core)
-        self._compaction: Final = Compaction(self.core)
+        self._compaction: Final = Compaction(self.core, self._admission)
         self._fallback: Final = Fallback(self.core, self._writeback)
-        self._room: Final = Room(self.core, self._writeback, self._compaction)
-        self._moves: Final = DeviceMoves(self.core, self._writeback, self._fallback)
-        self._recompression: Final = Recompression(self.core)
+        self._room: Final = Room(self.core, self._admission, self._writeback, self._compaction)
+        self._moves: Final = DeviceMoves(
+            self.core, self._admission, self._writeback, self._fallback
+        )
+        self._recompression: Final = Recompression(self.core, self._admission)
         self.shrinker: Final = Shrinker(
             self.core, self._writeback, self._compaction, self._moves, self._recompression
         )
@@ -348,11 +353,15 @@ class Engine:
             return self._reject(space, folio, numbers, slots, Reason.POOL_FULL)
         if compressed is None:
             return self._publish(space, folio, numbers, slots, None, Tag.ZSWAP)
-        refusal = self._room.refusal(space.group, compressed)
+        refusal = self._admission.admit(space.group, compressed)
         if refusal is not None:
             refusal = yield from self._room.make(space.group, compressed)
             # Anything may have changed while room was made: look again.
-            numbers = self._store_target(space, folio, slots)
+            try:
+                numbers = self._store_target(space, folio, slots)
+            except EngineError:
+                self.core.enter(space.group)  # nothing comes of what was admitted
+                raise
         if refusal is not None:
             return (yield from self._store_to_device(space, folio, numbers, slots, refusal))
         if numbers is None:

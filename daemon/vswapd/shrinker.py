@@ -11,6 +11,7 @@ Invariants:
   `why` says which it is; the thread that calls this then sleeps. Work that got nowhere is not tried
   again until something has changed, and keeps no other work from being done.
 - When count is 0 the next wake-up is still to come.
+- Of what all shards hold beyond a limit each makes its share go (see `share`), and no more.
 - Recent loads from the device protect what is still in the pool from idle writeback (as
   nr_disk_swapins does in mm/zswap.c), not from writeback that the limits demand.
 
@@ -19,8 +20,10 @@ This module must not know threads or sleep: `wanted` and `next_wakeup` are for t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -29,8 +32,10 @@ from vswapd.compaction import Compaction
 from vswapd.core import Core
 from vswapd.device_moves import DeviceMoves
 from vswapd.groups import Group
+from vswapd.ledger import IDLE, STUCK, Column
 from vswapd.recompression import Recompression
 from vswapd.retrial import Retrial
+from vswapd.share import Share
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import I64, SEGMENT_BYTES, Operation
 
@@ -101,6 +106,13 @@ class Shrinker:
         """Whether what is to be recompressed would be written back otherwise."""
         self._only: Group | None = None
         """Whose pages are to be written back; None: the oldest, whosever they are."""
+        self._pool_share: Final = Share(core.clock)
+        self._group_shares: Final[dict[int, Share]] = {}
+        """By group, of those that have a limit."""
+        self._waits: list[float] = []
+        """Until when other shards have time to give theirs, as the last count has found."""
+        self._still: Callable[[], int] | None = None
+        """How much is to go, asked anew while it goes; None: what was counted."""
         self._spare_since: float | None = None
         self._watching = False
         """Whether the next wake-up is early enough for pages that grow old."""
@@ -130,7 +142,10 @@ class Shrinker:
         core = self._core
         core.look_when_due()
         return (
-            core.pool_use() > core.settings.high_watermark * core.pressure.limit
+            (
+                core.pool_use() > core.settings.high_watermark * core.pressure.limit
+                and not self._pool_share.given(core.zswap.in_use_bytes)
+            )
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
             or self._retrial.news
@@ -156,6 +171,7 @@ class Shrinker:
         if self._core.settings.shrinker_enabled:
             times += self._writing_times()
             times += self._recompressing_times()
+            times += self._waits
             if self._ages() and not self._core.zswap.total_entries:
                 # Nothing can grow old. Whoever stores the first page wakes us.
                 self._watching = False
@@ -198,16 +214,17 @@ class Shrinker:
 
     def count(self) -> int:
         """Bytes that should go now; 0: nothing, or nothing can be done. Sets `doing` and `why`."""
-        settings = self._core.settings
-        self._core.look_when_due()
+        core, settings = self._core, self._core.settings
+        core.look_when_due()
         self._retrial.look()
         self._held_back = False
-        if self._core.devices.discards_waiting:
+        if core.devices.discards_waiting:
             return self._say(Doing.DISCARDING, "extents were given up", SEGMENT_BYTES)
         if self._trim_is_due():
-            spare = self._core.zswap.arena.spare_bytes
+            spare = core.zswap.arena.spare_bytes
             return self._say(Doing.TRIMMING, "segments that nobody reused", spare)
         if not settings.shrinker_enabled:
+            core.ledger.enter(Column.SHRINKING, IDLE)
             return self._say(Doing.IDLE, "switched off (shrinker.enabled)", 0)
         if self._compaction.wanted() and not self._is_stalled(Doing.COMPACTING):
             return self._say(Doing.COMPACTING, "dead entries in the pool", self._compaction.waste())
@@ -221,6 +238,9 @@ class Shrinker:
         """The same for what leaves its segment: to the dense pool, or to a device."""
         settings = self._core.settings
         excess, why = self._excess()
+        stuck = excess > 0 and (stop is not None or self._is_stalled(Doing.WRITING))
+        working = 1 + self._floor() if self._working else IDLE
+        self._core.ledger.enter(Column.SHRINKING, STUCK if stuck else working)
         dense = self._recompressible(excess, why)
         if dense is not None:
             return self._say(Doing.RECOMPRESSING, dense, SEGMENT_BYTES)
@@ -268,31 +288,67 @@ class Shrinker:
     def _excess(self) -> tuple[int, str]:
         """Bytes over what the limits want to see in the pool, and which of them. Notes whose."""
         self._only = None
+        self._waits = []
         core, settings = self._core, self._core.settings
-        used = core.pool_use()
-        limit = core.pressure.limit
-        if used > settings.high_watermark * limit:
+        used, floor = core.pool_use(), self._floor()
+        if used > settings.high_watermark * core.pressure.limit or core.ledger.working(floor):
             self._working = True
-        floor = int(settings.low_watermark * limit)
-        if self._working and used > floor:
-            # Each shard makes its own share go.
-            mine = -(-(used - floor) * core.zswap.in_use_bytes // used)
+        if not self._working:
+            self._pool_share.forget()
+        elif mine := self._pool_due():
+            self._still = self._pool_due
             return mine, core.pressure.why or "the pool passed its high watermark"
-        self._working = False
-        over = [g for g in core.groups if g.limits.writeback and g.pool_excess()]
+        self._working = self._working and used > floor
+        over = False
         eligible = self._writeback.eligible()
-        for group in over:
+        for group in core.groups:
+            if not group.limits.writeback or not (mine := self._group_due(group)):
+                continue
             if group.index in eligible:
                 self._only = group
-                return group.pool_excess(), f"group {group.name} is over its pool limit"
+                self._still = partial(self._group_due, group)
+                return mine, f"group {group.name} is over its pool limit"
+            over = True
+        self._still = None
         idle = self._idle_bytes()
         if idle > 0:
             return idle, "pages older than shrinker.idle_age"
         if over:
             return 0, _WHY[Stop.GROUP_LIMIT]
+        if self._waits:
+            return 0, "its share has gone; the rest is for other shards to give"
         if self._protected and settings.idle_age:
             return 0, "recent loads from the device protect the pool"
         return 0, "below the watermarks"
+
+    def _floor(self) -> int:
+        """Bytes that are to be left in all pools once the high watermark was passed."""
+        return int(self._core.settings.low_watermark * self._core.pressure.limit)
+
+    def _pool_due(self) -> int:
+        """Bytes of this shard's pools that are to go for the low watermark of the sum."""
+        ledger = self._core.ledger
+        return self._due(
+            self._pool_share,
+            self._core.zswap.in_use_bytes,
+            (ledger.others(Column.POOL), ledger.stuck(Column.POOL)),
+            self._floor(),
+        )
+
+    def _group_due(self, group: Group) -> int:
+        """Compressed bytes of a group that are to go for its limit, as far as this shard's."""
+        limit = group.limits.pool_max
+        if limit is None:
+            self._group_shares.pop(group.index, None)
+            return 0
+        share = self._group_shares.setdefault(group.index, Share(self._core.clock))
+        return self._due(share, group.pool_bytes, group.elsewhere(), limit)
+
+    def _due(self, share: Share, own: int, elsewhere: tuple[int, int], floor: int) -> int:
+        due = share.due(own, *elsewhere, floor)
+        if share.next_look is not None:
+            self._waits.append(share.next_look)
+        return due
 
     def _idle_bytes(self) -> int:
         """Compressed bytes in segments untouched for idle_age, less the protected ones.
@@ -346,7 +402,6 @@ class Shrinker:
         """Make up to `nbytes` (at least one segment's worth) go; returns how many did."""
         doing = self.doing
         gone = yield from self._scan(doing, nbytes)
-        self._core.enter()
         self.last_bytes = gone
         if gone:
             self._stalls.pop(doing, None)
@@ -384,11 +439,15 @@ class Shrinker:
     def _write(self, nbytes: int) -> Operation[int]:
         if self._core.settings.shrinker_rate:
             nbytes = min(nbytes, int(self._allowed()))
-        written = yield from self._writeback.write_back(nbytes, Cause.WRITEBACK, self._only)
+        written = yield from self._writeback.write_back(
+            nbytes, Cause.WRITEBACK, self._only, self._still
+        )
         self._tokens -= written.bytes
-        if written.stopped is not None:
-            self.why = _WHY[written.stopped]
-        return written.bytes + written.moved
+        gone = written.bytes + written.moved
+        if written.stopped is None:
+            return max(1, gone)  # nothing: other shards have made it go meanwhile
+        self.why = _WHY[written.stopped]
+        return gone
 
     def _is_stalled(self, doing: Doing) -> bool:
         stall = self._stalls.get(doing)

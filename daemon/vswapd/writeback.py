@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -225,7 +225,7 @@ class Writeback:
             for number in taken:
                 core.devices.unpin(number)
             for segment in pinned:
-                core.zswap.unpin(segment)
+                core.unpin(segment)
             self.buffers.give(buffer)
         stopped = None if any(good) else Stop.DEVICE_ERROR
         return Written(SEGMENT_BYTES * sum(good), pages, moved, stopped)
@@ -247,7 +247,7 @@ class Writeback:
                 yield PAUSE  # each takes 85 us if its memory goes back to the system
             if well:
                 moved += self.rejuvenate(pinned[0], stream)
-            self._core.zswap.unpin(pinned.pop(0))
+            self._core.unpin(pinned.pop(0))
         return moved
 
     def _write_extent(self, stream: Stream, cause: Cause) -> Operation[Written]:
@@ -289,7 +289,7 @@ class Writeback:
             if number is not None:
                 core.devices.unpin(number)
             for segment in gathered.pinned:
-                core.zswap.unpin(segment)
+                core.unpin(segment)
             self.buffers.give(buffer)
         if not (written or moved or gathered.finished):
             return Written(stopped=Stop.NOTHING_LEFT)
@@ -437,7 +437,7 @@ class Writeback:
         for segment in gathered.finished:
             moved += self.rejuvenate(segment, stream)
             gathered.pinned.remove(segment)
-            self._core.zswap.unpin(segment)
+            self._core.unpin(segment)
         return moved
 
     def rejuvenate(self, segment: int, stream: Stream) -> int:
@@ -473,12 +473,23 @@ class Writeback:
     # Many extents
 
     def write_back(
-        self, nbytes: int, cause: Cause, only: Group | None = None
+        self,
+        nbytes: int,
+        cause: Cause,
+        only: Group | None = None,
+        still: Callable[[], int] | None = None,
     ) -> Operation[Written]:
         """Write at least `nbytes`, in whole extents, or until something stops it.
 
         Several extents are under way at a time: each is an operation of its own, and this one
         drives them by turns.
+
+        Args:
+            nbytes: how much.
+            cause: what it is counted under.
+            only: whose pages; None: anybody's.
+            still: asked before each next write: bytes of the pool that are still to go, those
+                counted that are being written. Others may have made them go meanwhile.
         """
         total = Written()
         flights: deque[tuple[Operation[Written], IoBatch]] = deque()
@@ -487,7 +498,7 @@ class Writeback:
                 while (
                     total.stopped is None
                     and len(flights) < PIPELINE
-                    and (missing := nbytes - total.bytes - _bytes(flights)) > 0
+                    and (missing := _missing(nbytes - total.bytes, still) - _bytes(flights)) > 0
                 ):
                     most = min(WHOLE_AT_ONCE, -(-missing // SEGMENT_BYTES))
                     flight = self.write_some(cause, only, most)
@@ -527,6 +538,11 @@ def _advance(
         # Nobody else has it in hand: what it pins and reserves is given back now.
         flight.close()
         raise
+
+
+def _missing(nbytes: int, still: Callable[[], int] | None) -> int:
+    """The lesser of what was asked for, and what is still to go."""
+    return nbytes if nbytes <= 0 or still is None else min(nbytes, still())
 
 
 def _bytes(flights: deque[tuple[Operation[Written], IoBatch]]) -> int:

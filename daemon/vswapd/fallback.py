@@ -95,7 +95,8 @@ class Fallback:
             return stop
         stream = (compressed.pool, group.index)
         done = _Progress()
-        group.device_pending += compressed.compressed_bytes
+        if not group.take_device(compressed.compressed_bytes):
+            return Stop.GROUP_LIMIT
         try:
             while stream in self._busy:
                 yield WAIT
@@ -109,8 +110,7 @@ class Fallback:
         return concatenate_places(done.parts)
 
     def _give_up(self, group: Group, compressed: Compressed, done: _Progress) -> None:
-        group.device_pending -= compressed.compressed_bytes
-        group.enter()
+        group.settle_device(compressed.compressed_bytes)
         for places in done.parts:
             self._unpin(places)
         self.close_idle()
@@ -180,8 +180,7 @@ class Fallback:
 
     def settle(self, group: Group, places: Places) -> None:
         """The words of a folio are published, or it is given up: let go of its extents."""
-        group.device_pending -= int(places.length.sum())
-        group.enter()
+        group.settle_device(int(places.length.sum()))
         self._unpin(places)
         self.close_idle()
 

@@ -59,6 +59,24 @@ class Group:
             return None
         return max(0, limit - self.device_bytes - self.device_pending - self._others(1))
 
+    def take_device(self, length: int) -> bool:
+        """Count bytes as on their way to devices, if the limit leaves room; whether it does.
+
+        Looked at and entered under the ledger's lock: shards cannot pass the limit together.
+        """
+        with self.ledger.hold():
+            room = self.device_room()
+            if room is not None and length > room:
+                return False
+            self.device_pending += length
+            self.enter()
+            return True
+
+    def settle_device(self, length: int) -> None:
+        """Undo that: the bytes are charged by now, or they will never be there."""
+        self.device_pending -= length
+        self.enter()
+
     def _others(self, which: int) -> int:
         return 0 if self.columns is None else self.ledger.others(self.columns[which])
 

@@ -287,6 +287,23 @@ class Shrinker:
 
     def _excess(self) -> tuple[int, str]:
         """Bytes over what the limits want to see in the pool, and which of them. Notes whose."""
+        excess, why = self._over_limits()
+        if excess:
+            return excess, why
+        self._still = None
+        idle = self._idle_bytes()
+        if idle > 0:
+            return idle, "pages older than shrinker.idle_age"
+        if why:
+            return 0, why
+        if self._waits:
+            return 0, "its share has gone; the rest is for other shards to give"
+        if self._protected and self._core.settings.idle_age:
+            return 0, "recent loads from the device protect the pool"
+        return 0, "below the watermarks"
+
+    def _over_limits(self) -> tuple[int, str]:
+        """This shard's share of what is over the limits; 0 and a reason if it cannot go."""
         self._only = None
         self._waits = []
         core, settings = self._core, self._core.settings
@@ -299,7 +316,7 @@ class Shrinker:
             self._still = self._pool_due
             return mine, core.pressure.why or "the pool passed its high watermark"
         self._working = self._working and used > floor
-        over = False
+        why = ""
         eligible = self._writeback.eligible()
         for group in core.groups:
             if not group.limits.writeback or not (mine := self._group_due(group)):
@@ -308,18 +325,8 @@ class Shrinker:
                 self._only = group
                 self._still = partial(self._group_due, group)
                 return mine, f"group {group.name} is over its pool limit"
-            over = True
-        self._still = None
-        idle = self._idle_bytes()
-        if idle > 0:
-            return idle, "pages older than shrinker.idle_age"
-        if over:
-            return 0, _WHY[Stop.GROUP_LIMIT]
-        if self._waits:
-            return 0, "its share has gone; the rest is for other shards to give"
-        if self._protected and settings.idle_age:
-            return 0, "recent loads from the device protect the pool"
-        return 0, "below the watermarks"
+            why = _WHY[Stop.GROUP_LIMIT]
+        return 0, why
 
     def _floor(self) -> int:
         """Bytes that are to be left in all pools once the high watermark was passed."""

@@ -188,18 +188,17 @@ class Writeback:
     def _write_whole(self, stream: Stream, cause: Cause, batch: WholeBatch) -> Operation[Written]:
         """Write segments as they are, one extent each."""
         core, group = self._core, self._core.groups[stream[1]]
-        taken: list[int] = []
-        while len(taken) < len(batch.segments):
-            number = core.devices.take(*stream, 0)
-            if number is None:
-                break  # another shard was faster: what `ready_extents` counts is there for all
-            taken.append(number)
+        taken = self._take_extents(stream, len(batch.segments))
         if not taken:
             return Written(stopped=Stop.DEVICE_FULL)
         batch = self._whole.first(batch, len(taken))
-        buffer = self.buffers.take(WHOLE_AT_ONCE)
         pending = int(batch.directory.lengths.sum())
-        group.device_pending += pending
+        if not group.take_device(pending):
+            # Another shard was faster.
+            for number in taken:
+                core.devices.unpin(number)
+            return Written(stopped=Stop.GROUP_LIMIT)
+        buffer = self.buffers.take(WHOLE_AT_ONCE)
         pinned = list(batch.segments)
         for segment in pinned:
             core.zswap.pin(segment)
@@ -217,11 +216,11 @@ class Writeback:
             self.account(cause, SEGMENT_BYTES * sum(good))
             yield PAUSE
             pages = self._whole.flip(batch, taken, good, group)
-            group.device_pending -= pending
+            group.settle_device(pending)
             pending = 0
             moved = yield from self._let_go(pinned, good, stream)
         finally:
-            group.device_pending -= pending
+            group.settle_device(pending)
             for number in taken:
                 core.devices.unpin(number)
             for segment in pinned:
@@ -229,6 +228,16 @@ class Writeback:
             self.buffers.give(buffer)
         stopped = None if any(good) else Stop.DEVICE_ERROR
         return Written(SEGMENT_BYTES * sum(good), pages, moved, stopped)
+
+    def _take_extents(self, stream: Stream, most: int) -> list[int]:
+        """Free extents, pinned: fewer than `most` if that is all there is."""
+        taken: list[int] = []
+        while len(taken) < most:
+            number = self._core.devices.take(*stream, 0)
+            if number is None:
+                break  # another shard was faster: what `ready_extents` counts is there for all
+            taken.append(number)
+        return taken
 
     def _let_go(self, pinned: list[int], written: list[bool], stream: Stream) -> Operation[int]:
         """Give segments up one by one; what still lives in those that were written stays young.
@@ -273,8 +282,11 @@ class Writeback:
         gathered = self._gather(stream, builder)
         group = core.groups[stream[1]]
         pending = sum(int(lengths.sum()) for lengths in gathered.lengths)
-        group.device_pending += pending
+        admitted = group.take_device(pending)
         try:
+            if not admitted:
+                # Another shard was faster.
+                return Written(stopped=Stop.GROUP_LIMIT)
             if builder.count:
                 target, number = number, None
                 written, number = yield from self.write_image(builder, target, stream, cause)
@@ -285,7 +297,8 @@ class Writeback:
                 written = pages = 0
             moved = self._second_chance(gathered, stream)
         finally:
-            group.device_pending -= pending
+            if admitted:
+                group.settle_device(pending)
             if number is not None:
                 core.devices.unpin(number)
             for segment in gathered.pinned:

@@ -96,6 +96,10 @@ class Ledger:
             held += row[column]
         return held
 
+    def own(self, column: int) -> int:
+        """What this shard has entered; 0 if it is alone."""
+        return 0 if self._mine is None else self._mine[column]
+
     def stuck(self, column: int) -> int:
         """What of that is of shards that cannot make anything go."""
         return sum(row[column] for row in self._others if row[Column.SHRINKING] == STUCK)

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from vswapd.clusters import slots_of
 from vswapd.core import Core
+from vswapd.ledger import Column
 from vswapd.swap_table import (
     BACKED,
     CLUSTER_SLOTS,
@@ -129,6 +130,7 @@ def check_sums(core: Core) -> list[str]:
         *_check_segments(core, words, tags),
         *_check_extents(core, words, tags),
         *_check_groups(core, words, tags),
+        *_check_ledger(core),
     ]
     resident = core.zswap.arena.region.resident_bytes
     if resident != core.zswap.resident_bytes:
@@ -213,6 +215,24 @@ def _check_extents(core: Core, words: U64, tags: I64) -> list[str]:
         if device.map.used != held + len(device.discards) + device.discarding:
             problems.append(f"{path}: extents in use are not those with live entries")
     return problems
+
+
+def _check_ledger(core: Core) -> list[str]:
+    """What other shards are told is what this one holds, and no more."""
+    if core.ledger.alone:
+        return []
+    said = {"the pools": (core.ledger.own(Column.POOL), core.zswap.in_use_bytes)}
+    for group in core.groups:
+        if group.columns is not None:
+            pool, device = map(core.ledger.own, group.columns)
+            said[f"group {group.name} in pools"] = pool, group.pool_bytes
+            on_devices = group.device_bytes + group.device_pending
+            said[f"group {group.name} on devices"] = device, on_devices
+    return [
+        f"the ledger has {entered} bytes for {what}, held are {held}"
+        for what, (entered, held) in said.items()
+        if entered != held
+    ]
 
 
 def _overlapping(places: Places) -> int:

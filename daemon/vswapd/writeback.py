@@ -390,6 +390,7 @@ class Writeback:
         while (segment := zswap.oldest(stream)) is not None:
             if zswap.is_open(segment):
                 zswap.seal(stream)
+                core.enter()
                 if not zswap.live_entries[segment]:
                     continue
             zswap.pin(segment)

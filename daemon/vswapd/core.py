@@ -316,8 +316,11 @@ class Core:
         """Tell the other shards all that this one holds: those before it may have said more."""
         self.enter()
         self.ledger.enter(Column.SHRINKING, IDLE)
+        self.ledger.enter(Column.POOL_BASIS, 0)
         for group in self.groups:
             group.enter()
+            if group.columns is not None:
+                self.ledger.enter(self.ledger.basis_of(group.columns), 0)
 
     def unpin(self, segment: int, *, leaving: bool = True) -> None:
         """Undo a pin of a segment (see `Zswap.pin`); if it goes with that, others may know."""

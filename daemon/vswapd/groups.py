@@ -46,12 +46,6 @@ class Group:
         limit = self.limits.pool_max
         return None if limit is None else max(0, limit - self.pool_bytes - self._others(0))
 
-    def elsewhere(self) -> tuple[int, int]:
-        """Compressed bytes in pools of other shards, and what of that cannot go."""
-        if self.columns is None:
-            return 0, 0
-        return self.ledger.others(self.columns[0]), self.ledger.stuck(self.columns[0])
-
     def device_room(self) -> int | None:
         """Compressed bytes that may still go to devices; None: any number."""
         limit = self.limits.device_max

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator
 from enum import IntEnum
 from hashlib import blake2b
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -48,10 +48,12 @@ class Column(IntEnum):
     """The day that BUDGET is of."""
     BUDGET = 2
     """Bytes that were written back on that day, and that are being."""
+    POOL_BASIS = 16 * 1024 - 2
+    """Bytes of POOL when the shard began to make its share of them go; 0: it does not."""
     SHRINKING = 16 * 1024 - 1
     """What its shrinker does: IDLE, STUCK, or, if it has seen the high watermark of all pools
-    passed, 1 and the bytes that it wants to be left. The last column of a row: no earlier daemon
-    has used it, so that a ledger which one of them has left says IDLE."""
+    passed, 1 and the bytes that it wants to be left. These two are the last columns of a row: no
+    earlier daemon has used them, so that a ledger which one of them has left says IDLE."""
 
 
 IDLE: Final = 0
@@ -62,7 +64,19 @@ STUCK: Final = -1
 _FIRST_GROUP: Final = 3
 _COLUMNS: Final = 16 * 1024
 """Whole pages per row, so that a region's size tells how many rows there are."""
-assert _FIRST_GROUP + 2 * MOST_GROUPS <= Column.SHRINKING < _COLUMNS
+_FIRST_BASIS: Final = _FIRST_GROUP + 2 * MOST_GROUPS
+"""A group's third column: as POOL_BASIS, of its bytes in pools."""
+assert _FIRST_BASIS + MOST_GROUPS <= Column.POOL_BASIS < Column.SHRINKING < _COLUMNS
+
+
+class Elsewhere(NamedTuple):
+    """What the other shards hold of something of which all hold too much."""
+
+    held: int
+    stuck: int
+    """What of that is of shards that cannot make anything go."""
+    basis: int
+    """What those held that can, when they began to make their share go, if they have."""
 
 
 class Ledger:
@@ -100,9 +114,22 @@ class Ledger:
         """What this shard has entered; 0 if it is alone."""
         return 0 if self._mine is None else self._mine[column]
 
-    def stuck(self, column: int) -> int:
-        """What of that is of shards that cannot make anything go."""
-        return sum(row[column] for row in self._others if row[Column.SHRINKING] == STUCK)
+    def elsewhere(self, held: int, basis: int) -> Elsewhere:
+        """What the others hold of it.
+
+        Args:
+            held: its column.
+            basis: the column of what was held at first.
+        """
+        total = stuck = began = 0
+        for row in self._others:
+            mine = row[held]
+            total += mine
+            if row[Column.SHRINKING] == STUCK:
+                stuck += mine
+            else:
+                began += row[basis] or mine
+        return Elsewhere(total, stuck, began)
 
     def working(self, floor: int) -> bool:
         """Whether another shard has seen the high watermark passed, and is not done with it.
@@ -144,6 +171,11 @@ class Ledger:
             else:
                 return None
         return _FIRST_GROUP + 2 * index, _FIRST_GROUP + 2 * index + 1
+
+    @staticmethod
+    def basis_of(columns: tuple[int, int]) -> int:
+        """A group's column for what it held in pools when its share began to go."""
+        return _FIRST_BASIS + (columns[0] - _FIRST_GROUP) // 2
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -106,7 +106,7 @@ class Shrinker:
         """Whether what is to be recompressed would be written back otherwise."""
         self._only: Group | None = None
         """Whose pages are to be written back; None: the oldest, whosever they are."""
-        self._pool_share: Final = Share(core.clock)
+        self._pool_share: Final = Share(core.clock, core.ledger, (Column.POOL, Column.POOL_BASIS))
         self._group_shares: Final[dict[int, Share]] = {}
         """By group, of those that have a limit."""
         self._waits: list[float] = []
@@ -334,25 +334,24 @@ class Shrinker:
 
     def _pool_due(self) -> int:
         """Bytes of this shard's pools that are to go for the low watermark of the sum."""
-        ledger = self._core.ledger
-        return self._due(
-            self._pool_share,
-            self._core.zswap.in_use_bytes,
-            (ledger.others(Column.POOL), ledger.stuck(Column.POOL)),
-            self._floor(),
-        )
+        return self._due(self._pool_share, self._core.zswap.in_use_bytes, self._floor())
 
     def _group_due(self, group: Group) -> int:
         """Compressed bytes of a group that are to go for its limit, as far as this shard's."""
         limit = group.limits.pool_max
+        share = self._group_shares.get(group.index)
         if limit is None:
-            self._group_shares.pop(group.index, None)
+            if share is not None:
+                share.forget()
             return 0
-        share = self._group_shares.setdefault(group.index, Share(self._core.clock))
-        return self._due(share, group.pool_bytes, group.elsewhere(), limit)
+        if share is None:
+            columns, ledger = group.columns, self._core.ledger
+            shared = None if columns is None else (columns[0], ledger.basis_of(columns))
+            share = self._group_shares[group.index] = Share(self._core.clock, ledger, shared)
+        return self._due(share, group.pool_bytes, limit)
 
-    def _due(self, share: Share, own: int, elsewhere: tuple[int, int], floor: int) -> int:
-        due = share.due(own, *elsewhere, floor)
+    def _due(self, share: Share, own: int, floor: int) -> int:
+        due = share.due(own, floor)
         if share.next_look is not None:
             self._waits.append(share.next_look)
         return due

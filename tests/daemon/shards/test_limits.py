@@ -27,13 +27,19 @@ def noise(count: int, seed: int) -> bytes:
 
 @contextlib.contextmanager
 def filled(
-    shards: int, *settings: str, on: Sequence[int] | None = None, pages: int = PAGES
+    shards: int,
+    *settings: str,
+    device: Path,
+    on: Sequence[int] | None = None,
+    pages: int = PAGES,
 ) -> Iterator[tuple[Control, list[tuple[Wire, list[int], bytes]]]]:
-    """A daemon whose shards (those of `on`) hold the same number of pages each, and all of them."""
+    """A daemon with a device, whose shards (those of `on`) hold the same number of pages each."""
     with (
         running_daemon(f"server.shards={shards}", *settings) as daemon,
         contextlib.ExitStack() as opened,
     ):
+        control = opened.enter_context(Control(daemon.socket_path))
+        control.call("swapon", path=str(device), size=64 * MIB)
         held = []
         those = range(shards) if on is None else on
         for shard in those:
@@ -42,7 +48,7 @@ def filled(
             for first in range(0, pages // len(those), 100):
                 some = noise(100, shard * PAGES + first)
                 held.append((wire, wire.store(some).slots, some))
-        yield opened.enter_context(Control(daemon.socket_path)), held
+        yield control, held
 
 
 def at_rest(control: Control, what: str, most: int) -> dict[str, Any]:
@@ -61,8 +67,7 @@ def test_a_lower_limit_makes_the_excess_go_and_no_more(
     tmp_path: Path, shards: int, on: Sequence[int] | None, what: str
 ) -> None:
     """What is left, and what was written, is the same with 1, 2 and 3 shards, even or uneven."""
-    with filled(shards, "pool.max=64M", on=on) as (control, held):
-        control.call("swapon", path=str(tmp_path / "swap"), size=64 * MIB)
+    with filled(shards, "pool.max=64M", device=tmp_path / "swap", on=on) as (control, held):
         before = control.status()["pool"]["bytes"]
         name = control.status()["groups"][0]["name"]
         if what == "pool":
@@ -85,8 +90,7 @@ def test_a_lower_limit_makes_the_excess_go_and_no_more(
 @pytest.mark.parametrize("limit", ["0", "1M"])
 def test_a_limit_below_what_each_shard_has_open(tmp_path: Path, shards: int, limit: str) -> None:
     """All of the shards get below it together, and rest then."""
-    with filled(shards, "pool.max=64M", pages=1500) as (control, held):
-        control.call("swapon", path=str(tmp_path / "swap"), size=64 * MIB)
+    with filled(shards, "pool.max=64M", device=tmp_path / "swap", pages=1500) as (control, held):
         control.call("set", key="pool.max", value=limit)
         at_rest(control, "pool", 0 if limit == "0" else MIB)
         control.call("set", key="pool.max", value="64M")
@@ -98,11 +102,9 @@ def test_a_limit_below_what_each_shard_has_open(tmp_path: Path, shards: int, lim
 def test_swapoff_never_passes_the_limit(tmp_path: Path, shards: int) -> None:
     """Shards that take their parts of a device back at once stay below pool.max together."""
     path = str(tmp_path / "swap")
-    with filled(shards, "pool.max=32M") as (control, held):
-        control.call("swapon", path=path, size=64 * MIB)
-        control.call("writeback", bytes=64 * MIB)
-        control.call("set", key="shrinker.enabled", value="false")
-        control.call("set", key="pool.max", value="10M")
+    settings = ("pool.max=10M", "pool.enabled=false", "shrinker.enabled=false")
+    with filled(shards, *settings, device=tmp_path / "swap") as (control, held):
+        control.call("set", key="pool.enabled", value="true")
         with pytest.raises(vswap.OutOfService, match="neither the pool nor another device"):
             control.call("swapoff", path=path)
         document = control.status()

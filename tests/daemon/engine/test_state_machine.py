@@ -12,6 +12,7 @@ Invariants (numbers as in the list of what must hold):
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from functools import partial
@@ -52,6 +53,7 @@ from vswapd.errors import (
     UnbackedError,
 )
 from vswapd.groups import Space
+from vswapd.ledger import Ledger, shared_region
 from vswapd.settings import GroupLimits
 from vswapd.swap_table import Tag
 from vswapd_backends.base import U64, run
@@ -597,6 +599,102 @@ class EngineMachine(RuleBasedStateMachine):
         assert report.ok == all(tag is Tag.LOST for tag in tags), report.problems
 
 
+class _Both(Rig):
+    """An engine, and another shard's that is told the same."""
+
+    other: Rig
+
+    def set(self, **changes: Any) -> None:
+        super().set(**changes)
+        self.other.set(**changes)
+
+
+class ShardMachine(EngineMachine):
+    """The same beside another shard, which stores, frees and moves pages within the same limits."""
+
+    other: Rig
+
+    @initialize(pool_max=SIZES, devices=st.lists(st.integers(1, 12), max_size=2))
+    def begin(self, pool_max: int, devices: list[int]) -> None:
+        region = shared_region(2)
+        one = make_engine(pool_max, ledger=Ledger(region, 0))
+        rig = _Both(one.engine, one.clock)
+        self.rig = rig
+        rig.other = self.other = make_engine(
+            pool_max, clock=one.clock, ledger=Ledger(region, 1), devices=devices
+        )
+        for extents in devices:
+            rig.swapon(extents)
+        self.theirs = [(group, self.other.space(group)) for group in GROUPS]
+        self.held: list[tuple[Space, U64]] = []
+        self.before = self._held_in_sum()
+        self.open_space(0)
+
+    def teardown(self) -> None:
+        if hasattr(self, "rig"):
+            for _, space in self.theirs:
+                self.other.close(space)
+            self.other.settle()
+            self.other.check()
+        super().teardown()
+
+    @rule(seed=SEEDS, kind=st.sampled_from(KINDS), count=st.sampled_from([1, 12, 60, 150]))
+    def other_stores(self, seed: int, kind: str, count: int) -> None:
+        _, space = self.theirs[seed % 2]
+        stored = self.other.store(space, self._pages([(kind, count)]))
+        if stored.reason is None:
+            self.held.append((space, stored.slots))
+
+    @precondition(lambda self: bool(self.held))
+    @rule(seed=SEEDS)
+    def other_frees(self, seed: int) -> None:
+        space, slots = self.held.pop(seed % len(self.held))
+        self.other.free(space, slots)
+
+    @rule(nbytes=st.sampled_from([1, 300 * KIB, 1 << 40]))
+    def other_writes_back(self, nbytes: int) -> None:
+        self.other.writeback(nbytes)
+
+    @precondition(lambda self: bool(self.other.devices))
+    @rule()
+    def other_swaps_off(self) -> None:
+        with contextlib.suppress(SwapoffError):
+            self.other.swapoff(self.other.devices[0])
+            self.other.swapon(12)
+
+    @rule()
+    def other_shrinks(self) -> None:
+        shrinker = self.other.engine.shrinker
+        if count := shrinker.count():
+            run(shrinker.scan(count))
+        run(self.other.engine.compact())
+        run(shrinker.recompression.step(young=True))
+
+    def _held_in_sum(self) -> dict[str, int]:
+        """What both hold of all that is limited."""
+        both = self.rig.engine.core, self.other.engine.core
+        held = {"pool": sum(core.zswap.in_use_bytes for core in both)}
+        for name in GROUPS:
+            groups = [core.groups.get(name) for core in both]
+            held[f"{name} in pools"] = sum(group.pool_bytes for group in groups)
+            held[f"{name} on devices"] = sum(group.device_bytes for group in groups)
+        return held
+
+    def _check_limits(self) -> None:
+        """Of all shards together nothing grows beyond its limit, and the books of both agree."""
+        self.other.check()
+        settings = self.rig.engine.core.settings
+        limits: dict[str, int | None] = {"pool": settings.pool_max}
+        for name in GROUPS:
+            limits[f"{name} in pools"] = settings.limits_of(name).pool_max
+            limits[f"{name} on devices"] = settings.limits_of(name).device_max
+        now = self._held_in_sum()
+        for what, held in now.items():
+            limit = limits[what]
+            assert limit is None or held <= max(limit, self.before[what]), what
+        self.before = now
+
+
 class KilledMachine(EngineMachine):
     """The same, killed after every third step."""
 
@@ -609,6 +707,11 @@ class KilledMachine(EngineMachine):
 def test_engine_agrees_with_a_dict_however_often_it_is_killed() -> None:
     """The same for an engine that is killed, and recovered, again and again."""
     run_state_machine_as_test(KilledMachine, settings=PROFILE)
+
+
+def test_engine_agrees_with_a_dict_beside_another_shard() -> None:
+    """The same for one of two shards: no limit is passed in sum, and their ledger agrees."""
+    run_state_machine_as_test(ShardMachine, settings=PROFILE)
 
 
 def test_engine_agrees_with_a_dict() -> None:

@@ -71,6 +71,9 @@ class ZPool:
         self.spare_bytes = 0
         self.most_bytes = self.region.size
         """Spare segments go as soon as resident_bytes is above this."""
+        self.warm_bytes = self.region.size
+        """Spare memory that may come into use again as it is, beyond what the caller needs of it.
+        Where that is not enough, a spare segment's memory goes back before it is handed out."""
 
     @property
     def available(self) -> int:
@@ -87,9 +90,12 @@ class ZPool:
         assert self.available
         self.in_use += 1
         if self._spare:
-            segment = self._spare.pop()
-            self.spare_bytes -= self._occupied(segment)
-            return segment
+            occupied = self._occupied(self._spare[-1])
+            if occupied <= self.warm_bytes:
+                self.warm_bytes -= occupied
+                self.spare_bytes -= occupied
+                return self._spare.pop()
+            self._punch(self._spare.pop())
         if self._free:
             return heapq.heappop(self._free)
         self.limit += 1

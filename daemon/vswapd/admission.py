@@ -61,7 +61,7 @@ class Admission:
     ) -> Refusal | None:
         """Have the pool take entries, to be appended in this very step; None: it does.
 
-        A refusal changes nothing.
+        A refusal changes nothing but that it is noted.
         """
         ledger = self._core.ledger
         if ledger.alone:
@@ -89,6 +89,12 @@ class Admission:
                 if core.pool_use() > settings.accept_threshold * core.pressure.limit:
                     return Refusal.FULL
                 core.pool_was_full = False
-        if zswap.growth(need) > core.pool_room() or not zswap.has_segments_for(need):
+        room = core.pool_room()
+        left = room - zswap.growth(need)
+        if left < 0 or not zswap.has_segments_for(need):
             return Refusal.FULL
+        # Spare memory is not in use; with it, too, this shard stays within what others leave. And
+        # a segment that was spare comes into use with all its memory, however little is needed.
+        zswap.arena.most_bytes = room + zswap.in_use_bytes
+        zswap.arena.warm_bytes = left
         return None

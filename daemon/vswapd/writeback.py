@@ -478,6 +478,8 @@ class Writeback:
         if not zswap.has_segments_for(compressed):
             return 0
         expected = core.table.words[left.numbers]
+        # Nobody was asked for room: no more than what is needed, and given up in the same step.
+        zswap.arena.warm_bytes = 0
         places = zswap.append(stream[1], left.numbers, compressed, core.clock())
         flipped = core.flip(left.numbers, expected, Tag.ZSWAP, places, core.groups[stream[1]])
         assert len(flipped) == len(left)

@@ -86,7 +86,8 @@ class Swarm:
                 "shrink": 0.02 + some(0.5),
                 "flip": some(0.03),
                 "bad block": some(0.03),
-                "give up": some(1.0),
+                # Seldom enough something is damaged on a device that somebody wants back.
+                "give up": 0.5 + some(0.5),
                 "tear": some(0.05),
                 "read error": some(0.1),
                 "write error": some(0.2),

@@ -41,7 +41,7 @@ from vswap.protocol import Reason
 from vswapd.clusters import slots_of
 from vswapd.errors import BadSlotError, PageLostError, SwapoffError, UnbackedError
 from vswapd.groups import Group, Space
-from vswapd.ledger import Column, Ledger, shared_region
+from vswapd.ledger import IDLE, STUCK, Column, Ledger, shared_region
 from vswapd.pressure import Free
 from vswapd.settings import GroupLimits
 from vswapd.shrinker import Doing
@@ -114,6 +114,8 @@ class World:
         self._hanging: set[object] = set()
         """Devices that perform nothing for now."""
         self.scheduler = self._scheduler(seed + 1)
+        self._pool_before = self._limit_before = 0
+        """What the pool occupied after the last step, and its limit."""
         self._moment = 0
         self._later: list[tuple[int, Callable[[], None]]] = []
         """What ends in which moment."""
@@ -618,10 +620,15 @@ class World:
         assert columns is not None
         for column in columns:
             self._neighbour.enter(column, self.chooser.choice([0, 100 * KIB]))
+        for basis in (self._neighbour.basis_of(columns), Column.POOL_BASIS):
+            self._neighbour.enter(basis, 300 * KIB * (self._moment % 2))
+        self._neighbour.enter(Column.SHRINKING, (IDLE, STUCK, pool // 2)[self._moment % 3])
 
     def _neighbour_ends(self) -> None:
         if self._neighbour is not None:
-            for column in (*Column, *(self._neighbour.columns_of("7") or ())):
+            columns = self._neighbour.columns_of("7")
+            assert columns is not None
+            for column in (*Column, *columns, self._neighbour.basis_of(columns)):
                 self._neighbour.enter(column, 0)
 
     def _cancel(self) -> None:
@@ -687,8 +694,18 @@ class World:
 
     def _stepped(self) -> None:
         self.steps += 1
+        self._check_growth()
         if self.steps % _CHECK_EVERY == 0:
             self._check()
+
+    def _check_growth(self) -> None:
+        """No step has made the pool grow beyond what all shards together may have."""
+        core = self.rig.engine.core
+        now, limit = core.zswap.in_use_bytes, core.pressure.limit
+        # The limit may have fallen at the step's end.
+        most = max(limit, self._limit_before) - core.ledger.others(Column.POOL)
+        assert now <= max(self._pool_before, most)
+        self._pool_before, self._limit_before = now, limit
 
     def _check(self) -> None:
         assert not (problems := self.rig.sums()), problems

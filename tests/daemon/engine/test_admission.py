@@ -229,6 +229,27 @@ def test_a_store_that_is_refused_after_room_was_made_leaves_nothing_entered() ->
 
 
 @pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("most", [1, 5])
+def test_memory_that_is_still_warm_counts_when_it_is_used_again(shards: int, most: int) -> None:
+    """A store that needs little of a segment which was freed lately takes no more than it may."""
+    rig, *others = made = rigs(shards)
+    for other in others:
+        other.put(other.space(), pages_of("noise", 50))
+    space = rig.space()
+    slots = rig.put(space, pages_of("noise", 880 - 50 * len(others)))
+    stored = 1000
+    for first in range(0, 300, 31):
+        rig.free(space, slots[first : first + 31])
+        pages = pages_of("noise", most, stored)
+        while rig.store(space, pages).reason is None:
+            assert in_pools(made) <= POOL
+            stored += most
+            pages = pages_of("noise", most, stored)
+    assert in_pools(made) > 0.85 * POOL
+    check(made)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
 def test_compaction_never_fills_the_pools_beyond_their_limit(shards: int) -> None:
     """What a step copies, and leaves in its old segment for now, has room or is left alone."""
     for seed in range(20):

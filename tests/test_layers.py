@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("service",),
     ("supervisor",),
-    ("reception",),
+    ("reception", "arbiter"),
     ("forking",),
     ("shard_process", "swap_devices"),
     ("front", "shard"),
@@ -60,6 +60,9 @@ FLOORS: tuple[tuple[str, ...], ...] = (
         "trouble",
         "compressor",
         "turns",
+        "hello",
+        "claims",
+        "seats",
     ),
 )
 # What stands beside the floors: the operators' tool, and what configures, measures or logs. These

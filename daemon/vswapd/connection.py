@@ -33,6 +33,7 @@ from collections.abc import Callable, Coroutine
 from enum import Enum
 from typing import Any, Final, Protocol
 
+from vswap.address import hung_up
 from vswap.protocol import HEADER_BYTES, PAGE_BYTES, FrameError, Header, Status, parse_header
 from vswapd.buffers import Buffers
 from vswapd.driver import Driver, Pending
@@ -114,6 +115,7 @@ class Connection:
         self._hub = hub
         self._sock = sock
         self.session = session
+        session.hung_up = self._hung_up
         self._state = _State.HEADER
         self._stopping = False
         # Receiving
@@ -411,6 +413,10 @@ class Connection:
         reply = failure(_NOTHING, Status.STOPPING, "the daemon is shutting down")
         self._state = _State.HEADER
         self._answer(reply)
+
+    def _hung_up(self) -> bool:
+        """Whether the client has closed its end, whether that was noticed or not."""
+        return hung_up(self._sock)
 
     def abort(self) -> None:
         """Close without a word."""

@@ -1,4 +1,4 @@
-"""What the supervisor and its shards say to each other.
+"""What the supervisor and its shards say to each other, besides questions about `claims`.
 
 This module must not know how it is sent, or what is done about it.
 """
@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vswapd.claims import Claim
 from vswapd.config import Config
 from vswapd.config_schema import Device
+from vswapd.groups import Holder
 from vswapd.snapshot import Snapshot
 
 # To a shard
@@ -60,6 +62,14 @@ class Attach:
 
 
 @dataclass(frozen=True, slots=True)
+class Inherit:
+    """A space of a name has another client now: the part of it that waits here is that one's."""
+
+    key: str
+    holder: Holder
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """Finish what is under way, take nothing more, and end."""
 
@@ -77,6 +87,20 @@ class Operate:
 @dataclass(frozen=True, slots=True)
 class AskStatus:
     """Answer with the status document."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seek:
+    """A connection asks for a space's part: answer with the Verdict."""
+
+    claim: Claim
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """What was granted by a Verdict is over."""
+
+    key: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,11 @@ import json
 import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
-from zlib import crc32
 
 from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
 from vswapd.config_schema import Server
 from vswapd.forking import Child
+from vswapd.hello import MOST_TEXT, destination, is_token
 from vswapd.messages import Serve
 from vswapd.peer import Peer
 from vswapd.places import Places
@@ -29,7 +29,9 @@ from vswapd.server import Refusals
 
 _HELLO_S: Final = 1.0
 """How long the first request of a connection is waited for before it is handed over without."""
-_MOST_HELLO: Final = 4096
+_MORE_S: Final = 0.01
+"""Between two looks at a HELLO that has come in part."""
+_MOST_HELLO: Final = HEADER_BYTES + MOST_TEXT
 
 
 class Reception:
@@ -65,7 +67,7 @@ class Reception:
     def greet(self, sock: socket.socket) -> None:
         """Take a connection that was just accepted, and find it a shard."""
         hello = _peek(sock)
-        if hello is not None:
+        if hello is not None and _whole(hello):
             self._hand_over(sock, hello)
         elif why := self._silent.refusal(uid := Peer.of(sock).uid):
             self._refusals.refuse(sock, why, self._loop.time())
@@ -79,6 +81,10 @@ class Reception:
         try:
             async with asyncio.timeout(_HELLO_S):
                 await arrived.wait()
+                self._loop.remove_reader(sock)
+                # What has come can be read all the time: there is no event for the rest.
+                while not _whole(_peek(sock) or b""):  # noqa: ASYNC110
+                    await asyncio.sleep(_MORE_S)
         except TimeoutError:
             pass  # the shard has patience of its own
         except asyncio.CancelledError:
@@ -91,15 +97,12 @@ class Reception:
         self._hand_over(sock, _peek(sock) or b"")
 
     def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
-        wish, joins, name = parse_wish(hello)
-        if wish is None and name is not None:
-            # Whoever asks for it comes to the same shard, which knows whether it is in use.
-            wish = shard_of(name, len(self._children))
+        wish, joins = parse_wish(hello, len(self._children))
         uid = Peer.of(sock).uid
         if not joins and (why := self._places.refusal(uid)):
             self._refusals.refuse(sock, why, self._loop.time())
             return
-        if wish is not None and 0 <= wish < len(self._children):
+        if wish is not None:
             child = self._children[wish]
         else:
             # Of those with equally many, the one whose last has been there longest: it may be idle.
@@ -162,28 +165,40 @@ def _peek(sock: socket.socket) -> bytes | None:
         return b""  # gone already: a shard will find out
 
 
-def shard_of(name: str, shards: int) -> int:
-    """Where whoever asks for a space of that name comes first."""
-    return crc32(name.encode(errors="replace")) % shards
+def _whole(hello: bytes) -> bool:
+    """Whether all has come that there is to be looked at; also of what is no HELLO, and of nothing.
+
+    An end of the stream is for a shard to find out.
+    """
+    if not hello:
+        return True
+    if len(hello) < HEADER_BYTES:
+        return False
+    length, version, op, *_ = HEADER.unpack_from(hello)
+    return bool(version != VERSION or op != Op.HELLO or len(hello) >= min(length, _MOST_HELLO))
 
 
-def parse_wish(hello: bytes) -> tuple[int | None, bool, str | None]:
-    """The shard that a HELLO asks for, if any; whether it joins a space; the space's name, if any.
+def parse_wish(hello: bytes, shards: int) -> tuple[int | None, bool]:
+    """The shard, of so many, that a HELLO leads to, if any; and whether it joins a space.
 
-    What is no HELLO asks for nothing: what is wrong with it is for the shard to say.
+    What is no HELLO leads nowhere: what is wrong with it is for the shard to say.
     """
     if len(hello) < HEADER_BYTES:
-        return None, False, None
+        return None, False
     length, version, op, *_ = HEADER.unpack_from(hello)
     if version != VERSION or op != Op.HELLO:
-        return None, False, None
+        return None, False
     try:
         said = json.loads(hello[HEADER_BYTES:length])
     except (ValueError, RecursionError):
-        return None, False, None
+        return None, False
     if not isinstance(said, dict):
-        return None, False, None
-    wish = said.get("shard")
-    shard = wish if isinstance(wish, int) and not isinstance(wish, bool) else None
-    name = said.get("name")
-    return shard, said.get("token") is not None, name if isinstance(name, str) else None
+        return None, False
+    shard, token, name = said.get("shard"), said.get("token"), said.get("name")
+    where = destination(
+        shard if isinstance(shard, int) and not isinstance(shard, bool) else None,
+        token if is_token(token) else None,
+        name if isinstance(name, str) else None,
+        shards,
+    )
+    return where, token is not None

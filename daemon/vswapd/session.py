@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -41,23 +40,27 @@ from vswap.protocol import (
     request_body_bytes,
 )
 from vswapd.answers import Answer
+from vswapd.claims import Claim, Verdict, key_of
 from vswapd.compressor import Compressor
-from vswapd.control import MOST_NAME
 from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError, NotAllowedError, OutOfServiceError
 from vswapd.groups import Holder, Space
+from vswapd.hello import (
+    MOST_TEXT,
+    Hello,
+    destination,
+    new_token,
+    parse_hello,
+    parse_object,
+)
 from vswapd.peer import Peer
+from vswapd.seats import Seats
 from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
 from vswapd.window import Window
 from vswapd_backends.base import PAUSE, SHORT_PAGES, U64, Compute, turns_of
 
 _LOG: Final = logging.getLogger(__name__)
-_LONGEST_NAME: Final = 64
-_MOST_TEXT: Final = 64 * 1024
-"""Bytes of a greeting, or of a request to steer: reading them takes 1 ms at most."""
-_TOKEN_DIGITS: Final = 32
-_HEX: Final = frozenset("0123456789abcdef")
 _SLOTS: Final = np.dtype("<u8")
 
 
@@ -115,6 +118,7 @@ class Context:
     """Whether spaces are there again after this process has died."""
     kept: bool = False
     """Whether they are also after the whole daemon has ended."""
+    seats: Seats = field(default_factory=Seats)
     trouble: Trouble = field(default_factory=Trouble)
 
 
@@ -138,7 +142,7 @@ class Rule:
 class Session:
     """See the module. `close` must be driven to its end once nothing is under way."""
 
-    __slots__ = ("_context", "_greeted", "joined", "peer", "space", "window")
+    __slots__ = ("_context", "_greeted", "_key", "hung_up", "joined", "peer", "space", "window")
 
     def __init__(self, context: Context, peer: Peer) -> None:
         self._context = context
@@ -148,6 +152,10 @@ class Session:
         self.joined = False
         """Whether it serves a space that has its first connection on another shard."""
         self.window: Window | None = None
+        self._key: str | None = None
+        """Of the space's part that it has claimed."""
+        self.hung_up: Callable[[], bool] = lambda: False
+        """Whether its client has gone. Set by whoever owns the connection."""
 
     # Requests
 
@@ -162,6 +170,9 @@ class Session:
         if header.status or header.flags & ~rule.flags:
             text = f"flags {header.flags:#x}, status {header.status:#x}: not known in a request"
             return failure(header, Status.BAD_ARGUMENT, text)
+        if header.count and not rule.pages:
+            text = f"count {header.count}: {rule.op.name} takes none"
+            return failure(header, Status.BAD_ARGUMENT, text)
         if rule.pages:
             if self.space is None:
                 text = "this connection was opened for control: it has no space"
@@ -175,8 +186,8 @@ class Session:
                 f"a body of {header.body_bytes} bytes where count {header.count} means {expected}"
             )
             return failure(header, Status.BAD_LENGTH, text)
-        if expected is None and header.body_bytes > _MOST_TEXT:
-            text = f"a body of {header.body_bytes} bytes: {rule.op.name} takes {_MOST_TEXT} at most"
+        if expected is None and header.body_bytes > MOST_TEXT:
+            text = f"a body of {header.body_bytes} bytes: {rule.op.name} takes {MOST_TEXT} at most"
             return failure(header, Status.BAD_LENGTH, text)
         return None
 
@@ -203,6 +214,7 @@ class Session:
     def close(self) -> Task[None]:
         """Free everything that the connection's space holds, unless it has a name."""
         self.window = None
+        self._leave()
         space, self.space = self.space, None
         if space is None:
             return
@@ -214,36 +226,21 @@ class Session:
     # Handlers, one per operation
 
     def _hello(self, header: Header, body: memoryview) -> Task[Reply]:
-        said = _object(body)
-        name = _name(said.get("client")) or self.peer.name
-        limits, token = self._context.limits, None
+        control = bool(header.flags & Flag.CONTROL)
+        said = parse_hello(parse_object(body), control=control)
+        limits = self._context.limits
         ledger = self._context.engine.core.ledger
+        self._refuse_elsewhere(said)
+        token: str | None = None
         last: Answer | None = None
-        if not header.flags & Flag.CONTROL:
-            token = _token(said.get("token"))
-            self.joined = token is not None
-            resumes = token is not None and said.get("resume") is True
-            token = token or secrets.token_hex(16)
-            named = _space_name(said.get("name"))
+        if not control:
+            # Nothing is wrong from here on; what is wanted may be somebody else's.
+            token = said.token or new_token(ledger.shard)
+            refused, last = yield from self._find_space(said, token)
+            if refused is not None:
+                return failure(header, *refused)
             critical = self._context.engine.core.pressure.critical
-            size = _window_bytes(said.get("window"), 0 if critical else limits.max_window)
-            # Nothing is wrong from here on: who is refused may greet again, and has no space yet.
-            # Another user's space is another one, whatever token or name they say.
-            of = f"{self.peer.uid} {token}" if named is None else f"{self.peer.uid} is {named}"
-            key = blake2b(of.encode(), digest_size=16).hexdigest()
-            holder = self._holder(token)
-            if resumes:
-                self.space = self._context.engine.reopen_space(key, holder=holder)
-                if self.space is None:
-                    return failure(header, Status.SPACE_LOST, "the space is not here any more")
-                # Whoever comes back says a token, also on what was the first connection.
-                self.joined = self.space.joined
-                last = self._context.engine.last_answer(self.space)
-            else:
-                self.space = self._open(name, key, named or "", holder)
-                if self.space is None:
-                    return failure(header, Status.SPACE_BUSY, f"{named} is in use")
-            self.window = _window(size)
+            self.window = _window(min(said.window, 0 if critical else limits.max_window))
         self._greeted = True
         answer = {
             "version": VERSION,
@@ -265,29 +262,104 @@ class Session:
         if self.window is not None:
             reply.descriptor = self.window.fd
         return reply
-        yield
+
+    def _refuse_elsewhere(self, said: Hello) -> None:
+        """Refuse what is not served here.
+
+        Raises:
+            ArgumentError: there is no such shard, or it is another one.
+        """
+        ledger = self._context.engine.core.ledger
+        if said.shard is not None and said.shard >= ledger.shards and said.token is None:
+            raise ArgumentError(f"shard: {said.shard}: there are {ledger.shards}, from 0 on")
+        where = destination(said.shard, said.token, said.name, ledger.shards)
+        if where not in {None, ledger.shard}:
+            # It was not seen in time, or was not the first: whoever distributes connections has.
+            raise ArgumentError(
+                f"this connection has come to shard {ledger.shard}, and shard {where} is wanted: "
+                "say so on a new one, in a HELLO that comes first, and at once"
+            )
+
+    def _find_space(
+        self, said: Hello, token: str
+    ) -> Task[tuple[tuple[Status, str] | None, Answer | None]]:
+        """Open the space that a HELLO asks for, or take it up again.
+
+        Returns:
+            Why it cannot be had; or the last request that was carried out for who comes back.
+
+        Raises:
+            OutOfServiceError: there are too many, or it cannot be found out who has it.
+        """
+        engine, seats = self._context.engine, self._context.seats
+        ledger = engine.core.ledger
+        gone = Status.SPACE_LOST, "the space is not here any more"
+        if said.shard is not None and said.shard >= ledger.shards:
+            return gone, None  # it was on a shard that there is not now
+        key = key_of(self.peer.uid, token, said.name)
+        holder = self._holder(token)
+        claim = Claim(
+            key=key,
+            holder=holder,
+            shard=ledger.shard,
+            joins=said.token is not None,
+            resumes=said.resume,
+            named=said.name is not None,
+            known=said.token is not None and engine.is_known(key, holder.token),
+        )
+        verdict = yield from seats.take(claim, self.hung_up)
+        if verdict is Verdict.LOST:
+            return gone, None
+        if verdict is Verdict.BUSY:
+            what = "its part on this shard" if said.name is None else said.name
+            return (Status.SPACE_BUSY, f"{what} is in use"), None
+        self._key = key
+        try:
+            if said.resume:
+                self.space = engine.reopen_space(key, holder=holder)
+            else:
+                self.space = self._open(said, key, holder)
+        finally:
+            if self.space is None:
+                self._leave()
+        if self.space is None:
+            return gone, None
+        self.joined = self.space.joined
+        return None, engine.last_answer(self.space) if said.resume else None
+
+    def _leave(self) -> None:
+        """Let go of what was claimed."""
+        key, self._key = self._key, None
+        if key is not None:
+            self._context.seats.leave(key)
 
     def _holder(self, token: str) -> Holder:
         digest = blake2b(token.encode(), digest_size=8, person=b"vswap holder").digest()
         return Holder(self.peer.pid, self.peer.started, int.from_bytes(digest, "little"))
 
-    def _open(self, client: str, key: str, name: str, holder: Holder) -> Space | None:
-        """A space for this connection; None: the one of that name is another's at the moment.
+    def _open(self, said: Hello, key: str, holder: Holder) -> Space:
+        """The space's part on this shard, which has no client at the moment; a new one if need be.
 
         Raises:
             OutOfServiceError: there are too many.
         """
-        engine = self._context.engine
-        found = engine.find_space(uid=self.peer.uid, name=name) if name else None
+        engine, client = self._context.engine, said.client or self.peer.name
+        if said.name is not None:
+            found = engine.find_space(uid=self.peer.uid, name=said.name)
+            number = None if found is None else found.id
+            found = (
+                None if found is None else engine.reopen_space(key, number=number, holder=holder)
+            )
+        else:
+            # There is one if the client was not answered when it was opened.
+            found = engine.reopen_space(key, holder=holder)
         if found is not None:
-            if found.attached:
-                return None
             found.client = client
             # Who comes now has asked for nothing yet, and gives its requests the same numbers.
             engine.forget_answer(found)
-            return engine.reopen_space(key, number=found.id, holder=holder)
+            return found
         most = self._context.limits.max_named_spaces
-        if name and engine.named_spaces(self.peer.uid) >= most:
+        if said.name is not None and engine.named_spaces(self.peer.uid) >= most:
             raise OutOfServiceError(
                 f"there are {most} named spaces of this user: drop some (`vswapctl drop NAME`), "
                 "or raise server.max_named_spaces"
@@ -298,8 +370,8 @@ class Session:
             client=client,
             holder=holder,
             key=key,
-            joined=self.joined,
-            name=name,
+            joined=said.token is not None,
+            name=said.name or "",
         )
 
     def _list(self, header: Header, body: memoryview) -> Task[Reply]:
@@ -389,7 +461,7 @@ class Session:
         return (yield from _answer(header, document))
 
     def _control(self, header: Header, body: memoryview) -> Task[Reply]:
-        request = _object(body)
+        request = parse_object(body)
         if not self._context.steering.may_steer(self.peer.uid):
             request = self._about_own_spaces(request)
         yield PAUSE  # as in _status
@@ -460,38 +532,6 @@ def _answer(header: Header, document: dict[str, Any]) -> Task[Reply]:
     return work.result()
 
 
-def _object(body: memoryview) -> dict[str, Any]:
-    """A request's JSON object; an empty body is an empty one.
-
-    Raises:
-        ArgumentError: it is none.
-    """
-    if not body:
-        return {}
-    try:
-        found = json.loads(bytes(body))
-        # Half of a surrogate pair can be written in JSON, and nowhere else: no path, no reply.
-        json.dumps(found, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise ArgumentError(f"the body is no JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ArgumentError("the body is no JSON object")
-    return found
-
-
-def _window_bytes(wish: object, most: int) -> int:
-    """How large a window is that is as large as is wished for and may be; 0: none.
-
-    Raises:
-        ArgumentError: the wish makes no sense.
-    """
-    if wish is None:
-        return 0
-    if not isinstance(wish, int) or isinstance(wish, bool) or wish < 0:
-        raise ArgumentError(f"window: {wish!r}: write bytes")
-    return min(-(-wish // PAGE_BYTES) * PAGE_BYTES, most)
-
-
 def _window(size: int) -> Window | None:
     """A window; None: none is wanted, or to be had."""
     if not size:
@@ -505,45 +545,6 @@ def _window(size: int) -> Window | None:
 
 def _outcome(last: Answer) -> dict[str, Any]:
     """A request that was carried out, as HELLO tells of it."""
-    slots = [] if last.freed else last.slots.tolist()
+    # As text: beyond 2**53 most readers of JSON round a number.
+    slots = [] if last.freed else list(map(str, last.slots.tolist()))
     return {"request": last.request, "status": int(Status.OK), "flags": 0, "slots": slots}
-
-
-def _token(said: object) -> str | None:
-    """The space that a connection wants to join; None: one of its own.
-
-    Raises:
-        ArgumentError: it is no token.
-    """
-    if said is None:
-        return None
-    if not isinstance(said, str) or len(said) != _TOKEN_DIGITS or set(said) - _HEX:
-        raise ArgumentError("token: write the 32 hexadecimal digits of the space's first HELLO")
-    return said
-
-
-def _space_name(said: object) -> str | None:
-    """The name of the space that a connection wants; None: one without.
-
-    Raises:
-        ArgumentError: it is no name.
-    """
-    if said is None:
-        return None
-    if (
-        not isinstance(said, str)
-        or not said.isprintable()
-        or said != said.strip()
-        or not 1 <= len(said.encode()) <= MOST_NAME
-    ):
-        raise ArgumentError(
-            f"name: 1 to {MOST_NAME} bytes that can be printed, without blanks at the ends"
-        )
-    return said
-
-
-def _name(said: object) -> str:
-    """What a client calls itself, on one line and not too long; "" if that is nothing."""
-    if not isinstance(said, str):
-        return ""
-    return "".join(c if c.isprintable() else " " for c in said[:_LONGEST_NAME]).strip()

@@ -36,6 +36,7 @@ from vswapd.ledger import Ledger
 from vswapd.lost_device import LostDevice
 from vswapd.memory import ShardMemory
 from vswapd.peer import Peer, started
+from vswapd.seats import Judge, Seats
 from vswapd.server import Server
 from vswapd.session import Context, Limits, Session
 from vswapd.settings import Settings
@@ -128,6 +129,7 @@ class Shard:
         open_device: OpenDevice,
         ledger: Ledger | None = None,
         operators: session.Steering | None = None,
+        judge: Judge | None = None,
         kept: Kept | None = None,
     ) -> None:
         """Make a shard, and start nothing yet.
@@ -141,6 +143,7 @@ class Shard:
             open_device: how a device is opened.
             ledger: what it shares limits through; None: it is the only shard.
             operators: who answers STATUS and CONTROL; None: the shard's own steering.
+            judge: who says which client may have which space; None: it is the only shard.
             kept: memory that outlives this process; None: what is stored dies with it.
 
         Raises:
@@ -170,6 +173,7 @@ class Shard:
             open_device=open_device,
         )
         self.steering.devices.update(devices)
+        self.seats: Final = Seats(judge)
         self.server: Final = self._make_server(config, host, operators or self.steering)
 
     def _make_server(
@@ -195,6 +199,7 @@ class Shard:
             limits=limits,
             resumable=self._resumable,
             kept=self._beyond_daemon,
+            seats=self.seats,
         )
 
         def new_session(peer: Peer) -> Session:

@@ -23,6 +23,7 @@ from typing import Any, Final
 from vswapd import __version__, journal, status
 from vswapd.beside import beside
 from vswapd.channel import Channel, ChannelClosedError
+from vswapd.claims import Claim, Connected, Known, Verdict
 from vswapd.config import Config
 from vswapd.config_schema import Device
 from vswapd.control import KeptDevice
@@ -40,9 +41,12 @@ from vswapd.messages import (
     Beat,
     Carry,
     Hungry,
+    Inherit,
+    Leave,
     Operate,
     Parted,
     Ready,
+    Seek,
     Serve,
     ShardState,
     Stop,
@@ -116,18 +120,44 @@ class _Operators:
         return self._ask(Operate(request))
 
     def _ask(self, message: object) -> Task[dict[str, Any]]:
-        asked: list[asyncio.Task[dict[str, Any]]] = []
+        answer: dict[str, Any] = yield from _ask(self._channel, message)
+        return answer
 
-        def begin(done: Callable[[], None]) -> None:
-            task = asyncio.get_running_loop().create_task(self._channel.ask(message))
-            task.add_done_callback(lambda _: done())
-            asked.append(task)
 
-        yield Elsewhere(begin)
-        try:
-            return asked[0].result()
-        except ChannelClosedError:
-            raise OutOfServiceError("the daemon is ending: ask again when it is back") from None
+class _Judge:
+    """Who may have which space: the supervisor knows. See seats.Judge."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def claim(self, claim: Claim) -> Task[Verdict]:
+        """See seats.Judge."""
+        verdict: Verdict = yield from _ask(self._channel, Seek(claim))
+        return verdict
+
+    def leave(self, key: str) -> None:
+        """See seats.Judge."""
+        self._channel.tell(Leave(key))
+
+
+def _ask(channel: Channel, message: object) -> Task[Any]:
+    """Ask the supervisor, in the middle of a request.
+
+    Raises:
+        OutOfServiceError: it is ending, or whatever it says.
+    """
+    asked: list[asyncio.Task[Any]] = []
+
+    def begin(done: Callable[[], None]) -> None:
+        task = asyncio.get_running_loop().create_task(channel.ask(message))
+        task.add_done_callback(lambda _: done())
+        asked.append(task)
+
+    yield Elsewhere(begin)
+    try:
+        return asked[0].result()
+    except ChannelClosedError:
+        raise OutOfServiceError("the daemon is ending: ask again when it is back") from None
 
 
 class ShardProcess:
@@ -149,6 +179,7 @@ class ShardProcess:
             open_device=self._open_device,
             ledger=Ledger(birth.ledger, birth.index),
             operators=_Operators(self._channel, birth.host),
+            judge=_Judge(self._channel),
             kept=Kept(birth.memory, self._reopen if birth.revived else None, birth.kept),
         )
         for used in birth.devices:
@@ -198,6 +229,8 @@ class ShardProcess:
                 return self._state()
             case Carry(request):
                 return await shard.drive(shard.steering.answer(request))
+            case Connected() | Known() | Inherit():
+                return await self._about_spaces(message)
             case Adopt(config, run_time):
                 await shard.drive(shard.steering.configure(lambda _: config, lambda _: run_time))
             case Attach():
@@ -209,6 +242,16 @@ class ShardProcess:
             case _:
                 raise TypeError(message)
         return None
+
+    async def _about_spaces(self, message: Connected | Known | Inherit) -> bool:
+        shard = self._shard
+        if isinstance(message, Connected):
+            return await shard.drive(shard.seats.connected(message.key))
+        with shard.driver.lock:
+            if isinstance(message, Known):
+                return shard.engine.is_known(message.key, message.token)
+            shard.engine.bequeath(message.key, message.holder)
+            return True
 
     def _state(self) -> ShardState:
         with self._shard.driver.lock:

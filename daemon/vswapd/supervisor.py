@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswapd import status
 from vswapd.acceptor import Acceptor
+from vswapd.arbiter import Arbiter
 from vswapd.arguments import Arguments
 from vswapd.channel import Channel, ChannelClosedError
 from vswapd.config import Config, ConfigError, load
@@ -40,6 +41,7 @@ from vswapd.errors import (
 )
 from vswapd.forking import Child, fork_again
 from vswapd.front import Front, ServiceError, Tally
+from vswapd.hello import shard_of
 from vswapd.keeping import Keeping, KeepingError
 from vswapd.merge import merged
 from vswapd.messages import (
@@ -49,14 +51,16 @@ from vswapd.messages import (
     Beat,
     Carry,
     Hungry,
+    Leave,
     Operate,
     Parted,
     Ready,
+    Seek,
     ShardState,
     Stop,
     Tell,
 )
-from vswapd.reception import Reception, shard_of
+from vswapd.reception import Reception
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
 from vswapd.snapshot import Snapshot
@@ -157,6 +161,7 @@ class Supervisor:
         self._changing = asyncio.Lock()
         """Configurations and devices change one after the other."""
         self._reception: Final = Reception(children, self._config.server, self._later)
+        self._arbiter: Final = Arbiter(children, self._ask, self._later)
         self._tally = Tally(0, 0, 0)
         self._stopping = False
         self._serving = False
@@ -208,6 +213,7 @@ class Supervisor:
         """
         child.there.clear()
         self._reception.clear(child)
+        self._arbiter.clear(child)
 
     def _died(self, child: Child, pidfd: int) -> None:
         self._loop.remove_reader(pidfd)
@@ -300,6 +306,8 @@ class Supervisor:
                     return await self.operate(request)
                 case AskStatus():
                     return await self.document()
+                case Seek(claim) if child.pid == pid and child.there.is_set():
+                    return await self._arbiter.claim(child, claim)
                 case _ if child.pid == pid and child.there.is_set():
                     self._hear(child, message)
                 # Else it was sent by one that has died: nothing of it is counted any more.
@@ -317,6 +325,8 @@ class Supervisor:
                     self._all_beaten.set()
             case Parted(place):
                 self._reception.unseat(child, place)
+            case Leave(key):
+                self._arbiter.leave(child, key)
             case Hungry():
                 for other in self._children:
                     if other is not child:

@@ -254,6 +254,21 @@ class Engine:
                 return space
         return None
 
+    def is_known(self, key: str, token: int) -> bool:
+        """Whether there is a space of that key here which that client has, or has left."""
+        return any(
+            space.key == key and space.holder.token == token and not space.closed
+            for space in self.core.spaces.values()
+        )
+
+    def bequeath(self, key: str, holder: Holder) -> None:
+        """Spaces of that key which have no client here are of a new one now, and of no other."""
+        for space in self.orphans():
+            if space.key == key and not space.closed:
+                self.forget_answer(space)
+                space.holder = holder
+                self.core.control.attach_space(space)
+
     def last_answer(self, space: Space) -> Answer | None:
         """The space's last request that gave it slots, or took some, and was given a number.
 

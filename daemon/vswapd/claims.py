@@ -1,0 +1,136 @@
+"""Who has which space: one client at a time, and one connection to each of its parts.
+
+Theory: a space is one, however many shards have a part of it; so who may have it is judged where
+all its connections are known, and not by a shard. A shard claims the part that a HELLO asks for,
+opens it if the claim is granted, and lets go of it with the connection. What is entered here lives
+as long as the connections: whoever keeps it strikes out what a process had that has died.
+
+A connection may have ended without its shard having noticed, and after a death there are parts that
+wait for their client and have no connection. So before a claim is refused the shards are asked.
+`decide` says what is to be asked, and whoever runs it knows how.
+
+Invariants:
+- All connections of one space are of one client, and no two of them on one shard.
+- Between a look at what is entered and an entry nobody is asked anything.
+
+This module must not know connections, channels, or what a part holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from hashlib import blake2b
+from typing import Final
+
+from vswapd.groups import Holder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """A shard's, for a connection that has just said HELLO there."""
+
+    key: str
+    """The space's."""
+    holder: Holder
+    """The client, who is known by the token that it said, or is given now."""
+    shard: int
+    joins: bool
+    """Whether it said a token: then it is to be that of a space that there is."""
+    resumes: bool
+    named: bool
+    known: bool
+    """Whether the shard that asks has a part of the space that this client has left."""
+
+
+def key_of(uid: int, token: str, name: str | None) -> str:
+    """What tells the parts of a space to be one, wherever they are, and no other user's."""
+    # Whatever token or name another user says, it is another space.
+    of = f"{uid} {token}" if name is None else f"{uid} is {name}"
+    return blake2b(of.encode(), digest_size=16).hexdigest()
+
+
+class Verdict(Enum):
+    """What becomes of a claim."""
+
+    GRANTED = "granted"
+    BUSY = "busy"
+    """The space has another client, or the part another connection."""
+    LOST = "lost"
+    """There is no such space, or not for this client."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """Whether a shard's part of a space has a connection; one that has ended is waited for."""
+
+    shard: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Whether any shard has a part of a space that a client has left."""
+
+    key: str
+    token: int
+    """The client's, as in its Holder."""
+
+
+Question = Connected | Known
+
+
+@dataclass(slots=True)
+class _Tenancy:
+    token: int
+    shards: set[int] = field(default_factory=set)
+
+
+class Claims:
+    """What is granted at the moment."""
+
+    def __init__(self) -> None:
+        self._by_key: Final[dict[str, _Tenancy]] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def has(self, key: str, token: int) -> bool:
+        """Whether a space is that client's at the moment."""
+        found = self._by_key.get(key)
+        return found is not None and found.token == token
+
+    def decide(self, claim: Claim) -> Generator[Question, bool, Verdict]:
+        """Judge a claim, and enter it if it is granted; yields what has to be found out first."""
+        token, asked = claim.holder.token, False
+        known = claim.known or not claim.joins
+        while True:
+            found = self._by_key.get(claim.key)
+            if found is None and not known:
+                if not (yield Known(claim.key, token)):
+                    return Verdict.LOST
+                known = True
+            elif found is None or (found.token == token and claim.shard not in found.shards):
+                self._by_key.setdefault(claim.key, _Tenancy(token)).shards.add(claim.shard)
+                return Verdict.GRANTED
+            elif asked:
+                return Verdict.LOST if claim.resumes else Verdict.BUSY
+            else:
+                asked = True
+                shards = {claim.shard} if found.token == token else set(found.shards)
+                for shard in sorted(shards):
+                    yield Connected(shard, claim.key)
+
+    def leave(self, key: str, shard: int) -> None:
+        """A shard's part of a space has no connection any more."""
+        found = self._by_key.get(key)
+        if found is not None:
+            found.shards.discard(shard)
+            if not found.shards:
+                del self._by_key[key]
+
+    def clear(self, shard: int) -> None:
+        """A shard has died, and all its connections with it."""
+        for key in [key for key, found in self._by_key.items() if shard in found.shards]:
+            self.leave(key, shard)

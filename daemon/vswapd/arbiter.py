@@ -65,9 +65,9 @@ class Arbiter:
                     self._later(self._bequeath(other, claim))
         return verdict
 
-    def leave(self, child: Child, key: str) -> None:
-        """A shard has let go of a space's part."""
-        self._claims.leave(key, child.index)
+    def leave(self, child: Child, key: str, number: int) -> None:
+        """A shard has let go of what was granted to it."""
+        self._claims.leave(key, child.index, number)
 
     def clear(self, child: Child) -> None:
         """A shard has died."""

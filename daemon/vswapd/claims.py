@@ -33,6 +33,8 @@ class Claim:
 
     key: str
     """The space's."""
+    number: int
+    """What tells it from the shard's other claims."""
     holder: Holder
     """The client, who is known by the token that it said, or is given now."""
     shard: int
@@ -63,10 +65,14 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Connected:
-    """Whether a shard's part of a space has a connection; one that has ended is waited for."""
+    """Whether what was granted to a shard still has a connection; one that has ended is waited for.
+
+    The shard may not have heard yet that it was granted.
+    """
 
     shard: int
     key: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,8 @@ Question = Connected | Known
 @dataclass(slots=True)
 class _Tenancy:
     token: int
-    shards: set[int] = field(default_factory=set)
+    parts: dict[int, int] = field(default_factory=dict)
+    """By shard, the number of its claim."""
 
 
 class Claims:
@@ -103,7 +110,9 @@ class Claims:
 
     def decide(self, claim: Claim) -> Generator[Question, bool, Verdict]:
         """Judge a claim, and enter it if it is granted; yields what has to be found out first."""
-        token, asked = claim.holder.token, False
+        token = claim.holder.token
+        refused = Verdict.LOST if claim.resumes else Verdict.BUSY
+        asked: dict[int, int] = {}
         known = claim.known or not claim.joins
         while True:
             found = self._by_key.get(claim.key)
@@ -111,26 +120,28 @@ class Claims:
                 if not (yield Known(claim.key, token)):
                     return Verdict.LOST
                 known = True
-            elif found is None or (found.token == token and claim.shard not in found.shards):
-                self._by_key.setdefault(claim.key, _Tenancy(token)).shards.add(claim.shard)
+            elif found is None or (found.token == token and claim.shard not in found.parts):
+                held = self._by_key.setdefault(claim.key, _Tenancy(token))
+                held.parts[claim.shard] = claim.number
                 return Verdict.GRANTED
-            elif asked:
-                return Verdict.LOST if claim.resumes else Verdict.BUSY
             else:
-                asked = True
-                shards = {claim.shard} if found.token == token else set(found.shards)
-                for shard in sorted(shards):
-                    yield Connected(shard, claim.key)
+                if asked == (asked := dict(found.parts)):
+                    return refused
+                for shard, number in asked.items():
+                    in_the_way = found.token != token or shard == claim.shard
+                    if in_the_way and (yield Connected(shard, claim.key, number)):
+                        return refused
 
-    def leave(self, key: str, shard: int) -> None:
-        """A shard's part of a space has no connection any more."""
+    def leave(self, key: str, shard: int, number: int) -> None:
+        """What was granted to a shard is over."""
         found = self._by_key.get(key)
-        if found is not None:
-            found.shards.discard(shard)
-            if not found.shards:
+        if found is not None and found.parts.get(shard) == number:
+            del found.parts[shard]
+            if not found.parts:
                 del self._by_key[key]
 
     def clear(self, shard: int) -> None:
         """A shard has died, and all its connections with it."""
-        for key in [key for key, found in self._by_key.items() if shard in found.shards]:
-            self.leave(key, shard)
+        for key, found in list(self._by_key.items()):
+            if shard in found.parts:
+                self.leave(key, shard, found.parts[shard])

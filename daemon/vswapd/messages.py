@@ -101,6 +101,7 @@ class Leave:
     """What was granted by a Verdict is over."""
 
     key: str
+    number: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,13 @@ class Judge(Protocol):
             OutOfServiceError: that cannot be done now.
         """
 
-    def leave(self, key: str) -> None:
+    def leave(self, claim: Claim) -> None:
         """What was granted to this shard is over."""
 
 
 @dataclass(slots=True)
 class _Seat:
+    claim: Claim
     hung_up: Callable[[], bool]
     waiting: list[Callable[[], None]] = field(default_factory=list)
     """Whom to call when it is left."""
@@ -51,7 +52,14 @@ class Seats:
             judge: of claims; None: there is no other shard.
         """
         self._judge: Final[Judge] = judge or _Alone(self)
-        self._taken: Final[dict[str, _Seat]] = {}
+        self._seats: Final[dict[int, _Seat]] = {}
+        """By the number of the claim; also those that are not granted yet."""
+        self._last = 0
+
+    def number(self) -> int:
+        """One for the next claim."""
+        self._last += 1
+        return self._last
 
     def take(self, claim: Claim, hung_up: Callable[[], bool]) -> Task[Verdict]:
         """Take the seat that a HELLO asks for, if it may be had.
@@ -63,25 +71,33 @@ class Seats:
         Raises:
             OutOfServiceError: that cannot be found out now.
         """
-        verdict = yield from self._judge.claim(claim)
-        if verdict is Verdict.GRANTED:
-            self._taken[claim.key] = _Seat(hung_up)
+        self._seats[claim.number] = _Seat(claim, hung_up)
+        verdict = Verdict.LOST
+        try:
+            verdict = yield from self._judge.claim(claim)
+        finally:
+            if verdict is not Verdict.GRANTED:
+                self._free(claim)
         return verdict
 
-    def leave(self, key: str) -> None:
-        """Leave a seat."""
-        seat = self._taken.pop(key)
-        self._judge.leave(key)
-        for told in seat.waiting:
+    def leave(self, claim: Claim) -> None:
+        """Leave a seat that was taken."""
+        self._judge.leave(claim)
+        self._free(claim)
+
+    def _free(self, claim: Claim) -> None:
+        for told in self._seats.pop(claim.number).waiting:
             told()
 
-    def connected(self, key: str) -> Task[bool]:
-        """Whether a seat is taken; if its connection has ended, it is left before this ends."""
-        seat = self._taken.get(key)
-        if seat is None or not seat.hung_up():
-            return seat is not None
-        yield Elsewhere(seat.waiting.append)
-        return False
+    def connected(self, question: Connected) -> Task[bool]:
+        """See Connected."""
+        seat = self._seats.get(question.number)
+        if seat is None or seat.claim.key != question.key:
+            return False
+        if seat.hung_up():
+            yield Elsewhere(seat.waiting.append)
+            return False
+        return True
 
 
 class _Alone:
@@ -103,8 +119,8 @@ class _Alone:
                 return verdict
             answer = False
             if isinstance(question, Connected):
-                answer = yield from self._seats.connected(question.key)
+                answer = yield from self._seats.connected(question)
 
-    def leave(self, key: str) -> None:
+    def leave(self, claim: Claim) -> None:
         """See Judge."""
-        self._claims.leave(key, 0)
+        self._claims.leave(claim.key, claim.shard, claim.number)

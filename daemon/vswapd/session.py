@@ -142,7 +142,7 @@ class Rule:
 class Session:
     """See the module. `close` must be driven to its end once nothing is under way."""
 
-    __slots__ = ("_context", "_greeted", "_key", "hung_up", "joined", "peer", "space", "window")
+    __slots__ = ("_claim", "_context", "_greeted", "hung_up", "joined", "peer", "space", "window")
 
     def __init__(self, context: Context, peer: Peer) -> None:
         self._context = context
@@ -152,8 +152,8 @@ class Session:
         self.joined = False
         """Whether it serves a space that has its first connection on another shard."""
         self.window: Window | None = None
-        self._key: str | None = None
-        """Of the space's part that it has claimed."""
+        self._claim: Claim | None = None
+        """What was granted to it: the space's part here is its own."""
         self.hung_up: Callable[[], bool] = lambda: False
         """Whether its client has gone. Set by whoever owns the connection."""
 
@@ -300,6 +300,7 @@ class Session:
         holder = self._holder(token)
         claim = Claim(
             key=key,
+            number=seats.number(),
             holder=holder,
             shard=ledger.shard,
             joins=said.token is not None,
@@ -313,7 +314,7 @@ class Session:
         if verdict is Verdict.BUSY:
             what = "its part on this shard" if said.name is None else said.name
             return (Status.SPACE_BUSY, f"{what} is in use"), None
-        self._key = key
+        self._claim = claim
         try:
             if said.resume:
                 self.space = engine.reopen_space(key, holder=holder)
@@ -329,9 +330,9 @@ class Session:
 
     def _leave(self) -> None:
         """Let go of what was claimed."""
-        key, self._key = self._key, None
-        if key is not None:
-            self._context.seats.leave(key)
+        claim, self._claim = self._claim, None
+        if claim is not None:
+            self._context.seats.leave(claim)
 
     def _holder(self, token: str) -> Holder:
         digest = blake2b(token.encode(), digest_size=8, person=b"vswap holder").digest()

@@ -135,9 +135,9 @@ class _Judge:
         verdict: Verdict = yield from _ask(self._channel, Seek(claim))
         return verdict
 
-    def leave(self, key: str) -> None:
+    def leave(self, claim: Claim) -> None:
         """See seats.Judge."""
-        self._channel.tell(Leave(key))
+        self._channel.tell(Leave(claim.key, claim.number))
 
 
 def _ask(channel: Channel, message: object) -> Task[Any]:
@@ -246,7 +246,7 @@ class ShardProcess:
     async def _about_spaces(self, message: Connected | Known | Inherit) -> bool:
         shard = self._shard
         if isinstance(message, Connected):
-            return await shard.drive(shard.seats.connected(message.key))
+            return await shard.drive(shard.seats.connected(message))
         with shard.driver.lock:
             if isinstance(message, Known):
                 return shard.engine.is_known(message.key, message.token)

@@ -325,8 +325,8 @@ class Supervisor:
                     self._all_beaten.set()
             case Parted(place):
                 self._reception.unseat(child, place)
-            case Leave(key):
-                self._arbiter.leave(child, key)
+            case Leave(key, number):
+                self._arbiter.leave(child, key, number)
             case Hungry():
                 for other in self._children:
                     if other is not child:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -104,26 +105,30 @@ def hello(said: object, *, op: int = Op.HELLO, flags: int = 0) -> bytes:
 @pytest.mark.parametrize(
     ("frame", "wish"),
     [
-        (hello({"shard": 2}), (2, False, None)),
-        (hello({"shard": 0, "token": "ab"}), (0, True, None)),
-        (hello({}), (None, False, None)),
-        (hello({}, flags=Flag.CONTROL), (None, False, None)),
-        (hello({"shard": True}), (None, False, None)),
-        (hello({"shard": "1"}), (None, False, None)),
-        (hello([1]), (None, False, None)),
-        (hello(b"{"), (None, False, None)),
-        (hello(b"[" * 3000), (None, False, None)),
-        (hello(b"\xff\xfe"), (None, False, None)),
-        (hello({"shard": 1}, op=Op.PING), (None, False, None)),
-        (hello({"shard": 1})[:-1], (None, False, None)),
-        (hello({"shard": 1}) + b"more behind it", (1, False, None)),
-        (b"", (None, False, None)),
-        (b"GET / HTTP/1.1\r\n\r\n", (None, False, None)),
-        (np.random.default_rng(0).bytes(4096), (None, False, None)),
+        (hello({"shard": 2}), (2, False)),
+        (hello({"shard": 0, "token": "ab"}), (0, True)),
+        (hello({"token": "01" + "f" * 30}), (1, True)),
+        (hello({"token": "ff" + "0" * 30}), (255 % 3, True)),
+        (hello({"token": "ab"}), (None, True)),
+        (hello({"name": "cache"}), (crc32(b"cache") % 3, False)),
+        (hello({"name": "cache", "token": "0" * 32, "shard": 2}), (2, True)),
+        (hello({}), (None, False)),
+        (hello({}, flags=Flag.CONTROL), (None, False)),
+        (hello({"shard": True}), (None, False)),
+        (hello({"shard": "1"}), (None, False)),
+        (hello({"shard": None}), (None, False)),
+        (hello([1]), (None, False)),
+        (hello(b"{"), (None, False)),
+        (hello(b"[" * 3000), (None, False)),
+        (hello(b"\xff\xfe"), (None, False)),
+        (hello({"shard": 1}, op=Op.PING), (None, False)),
+        (hello({"shard": 1})[:-1], (None, False)),
+        (hello({"shard": 1}) + b"more behind it", (1, False)),
+        (b"", (None, False)),
+        (b"GET / HTTP/1.1\r\n\r\n", (None, False)),
+        (np.random.default_rng(0).bytes(4096), (None, False)),
     ],
 )
-def test_a_hello_says_where_it_wants_to_go(
-    frame: bytes, wish: tuple[int | None, bool, str | None]
-) -> None:
+def test_a_hello_says_where_it_wants_to_go(frame: bytes, wish: tuple[int | None, bool]) -> None:
     """The shard of a whole HELLO is found; what is none asks for nothing, and nothing is raised."""
-    assert parse_wish(frame) == wish
+    assert parse_wish(frame, 3) == wish

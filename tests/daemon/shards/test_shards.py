@@ -22,6 +22,7 @@ from support.wire import (
     BAD_SLOT,
     FOR_CONTROL,
     HELLO,
+    SPACE_LOST,
     STATUS,
     TOO_MANY_CONNECTIONS,
     Wire,
@@ -86,11 +87,15 @@ def test_among_equals_the_longest_left_alone_comes_first(daemon: RunningDaemon) 
     assert order[:SHARDS] == order[SHARDS:]
 
 
-@pytest.mark.parametrize("wish", [-1, SHARDS, 1 << 70, "0", True, None, 1.5])
-def test_a_wish_that_makes_no_sense_is_none(daemon: RunningDaemon, wish: object) -> None:
-    """Nobody is refused for a shard that there is not."""
+@pytest.mark.parametrize("wish", [-1, SHARDS, 1 << 70, "0", True, 1.5, [0]])
+def test_a_wish_that_makes_no_sense_is_refused(daemon: RunningDaemon, wish: object) -> None:
+    """A shard that there is not is a mistake of the client's, and it is told."""
     with Wire(daemon.socket_path) as wire:
-        assert wire.hello(shard=wish)["shard"] in range(SHARDS)
+        said = json.dumps({"shard": wish}).encode()
+        for flags in (0, FOR_CONTROL):
+            reply = wire.ask(HELLO, said, flags=flags)
+            assert (reply.status, reply.text.split(":")[0]) == (BAD_ARGUMENT, "shard")
+        assert wire.hello(shard=None)["shard"] in range(SHARDS)
 
 
 def test_a_client_that_says_nothing_holds_up_nobody(daemon: RunningDaemon) -> None:
@@ -315,23 +320,29 @@ def test_too_many_clients_are_told() -> None:
         opened.enter_context(on_shard(small, 0)).assert_in_step()
 
 
-def _with_a_late_token(wire: Wire) -> None:
+def _with_a_late_token(wire: Wire, token: str) -> None:
     """The supervisor has looked at the first greeting, and the second one joins a space."""
-    assert wire.ask(HELLO, b'{"window": -1}').status == BAD_ARGUMENT
-    wire.hello(token="0" * 32)
+    assert wire.ask(HELLO, b'{"window": -1, "shard": 1}').status == BAD_ARGUMENT
+    wire.hello(token=token, shard=1)
 
 
-def _with_a_long_greeting(wire: Wire) -> None:
-    """More than the supervisor looks at."""
-    wire.hello(token="0" * 32, client="x" * 5000)
+def _with_a_long_greeting(wire: Wire, token: str) -> None:
+    wire.hello(token=token, shard=1, padding="x" * 60_000)
 
 
-def _with_a_token_that_is_none(wire: Wire) -> None:
+def _with_a_token_that_is_none(wire: Wire, token: str) -> None:
+    del token
     assert wire.ask(HELLO, b'{"token": "x"}').status == BAD_ARGUMENT
 
 
-def _with_a_token_for_nothing(wire: Wire) -> None:
-    wire.hello(FOR_CONTROL, token="0" * 32)
+def _with_a_token_that_nobody_was_given(wire: Wire, token: str) -> None:
+    del token
+    assert wire.ask(HELLO, json.dumps({"token": "0" * 32}).encode()).status == SPACE_LOST
+
+
+def _with_a_token_for_nothing(wire: Wire, token: str) -> None:
+    said = json.dumps({"token": token}).encode()
+    assert wire.ask(HELLO, said, flags=FOR_CONTROL).status == BAD_ARGUMENT
 
 
 @pytest.mark.parametrize(
@@ -340,23 +351,28 @@ def _with_a_token_for_nothing(wire: Wire) -> None:
         _with_a_late_token,
         _with_a_long_greeting,
         _with_a_token_that_is_none,
+        _with_a_token_that_nobody_was_given,
         _with_a_token_for_nothing,
     ],
 )
-def test_places_are_given_back_as_they_were_taken(greet: Callable[[Wire], None]) -> None:
+def test_places_are_given_back_as_they_were_taken(greet: Callable[[Wire, str], None]) -> None:
     """However a client greets, and goes: as many clients as before may come after it, no more."""
     with (
         running_daemon("server.shards=2", "server.max_connections=3") as small,
         contextlib.ExitStack() as opened,
     ):
-        opened.enter_context(on_shard(small, 0))
+        watcher, token = greeted(small, 0)
+        opened.enter_context(watcher)
+        other = opened.enter_context(on_shard(small, 1))
         for _ in range(4):
             with Wire(small.socket_path) as wire:
-                greet(wire)
+                greet(wire, token)
             # Each shard has said who has gone before it answers for the status of those after it.
-            for shard in range(2):
-                with on_shard(small, shard, token="1" * 32) as later:
-                    later.ask(STATUS)
+            for wire in (watcher, other):
+                wire.ask(STATUS)
+        other.socket.close()
+        while watcher.ask(STATUS).json["clients"] != 1:
+            pass
         for _ in range(2):
             opened.enter_context(on_shard(small, 1)).assert_in_step()
         with Wire(small.socket_path) as refused:
@@ -370,7 +386,15 @@ def test_a_client_that_a_shard_refuses_has_no_place() -> None:
         running_daemon("server.shards=2", "server.max_connections=2") as small,
         contextlib.ExitStack() as opened,
     ):
-        _, watcher = (opened.enter_context(on_shard(small, 0, token="0" * 32)) for _ in range(2))
+        with contextlib.ExitStack() as firsts:
+            tokens = []
+            for _ in range(2):
+                first, token = greeted(small, 1)
+                firsts.enter_context(first)
+                tokens.append(token)
+            watcher, _ = (opened.enter_context(on_shard(small, 0, token=token)) for token in tokens)
+        while watcher.ask(STATUS).json["clients"]:
+            pass
         for _ in range(3):
             with Wire(small.socket_path) as refused:
                 refused.socket.sendall(refused.frame(HELLO, b'{"shard": 0}'))

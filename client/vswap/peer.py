@@ -183,11 +183,21 @@ def _outcome(found: object) -> Outcome | None:
         assert isinstance(found, dict)
         numbers = [found[key] for key in ("request", "status", "flags")]
         assert all(type(number) is int and number >= 0 for number in numbers)
-        slots = np.array(found["slots"], np.uint64)
-        assert slots.ndim == 1
+        assert isinstance(found["slots"], list)
+        slots = np.array([_slot(each) for each in found["slots"]], np.uint64)
     except (AssertionError, KeyError, TypeError, ValueError, OverflowError):
         raise ProtocolError(f"the daemon's answer to HELLO has last = {found!r}") from None
     return Outcome(request_id=numbers[0], status=numbers[1], flags=numbers[2], slots=slots)
+
+
+def _slot(said: object) -> int:
+    """A slot id: text, as JSON's numbers are rounded by many; a daemon of before says a number."""
+    if isinstance(said, str):
+        assert said.isascii()
+        assert said.isdecimal()
+        return int(said)
+    assert type(said) is int
+    return said
 
 
 def _positive(document: dict[str, Any], key: str) -> int:

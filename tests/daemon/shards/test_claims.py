@@ -16,6 +16,7 @@ import socket
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -81,9 +82,11 @@ def outcome(path: Path, **said: object) -> int:
         return wire.ask(HELLO, json.dumps(said).encode()).status
 
 
-def resumed(path: Path, **said: object) -> tuple[Wire, dict[str, object]]:
-    """A connection that has taken a part up again; a shard that is about to die, or come, may break
-    a few before."""
+def resumed(path: Path, **said: Any) -> tuple[Wire, dict[str, Any]]:
+    """A connection that has taken a part up again.
+
+    A shard that is about to die, or to come, may break a few before.
+    """
     while True:
         wire = Wire(path)
         with contextlib.suppress(OSError, AssertionError):
@@ -256,7 +259,7 @@ def test_a_client_that_is_gone_frees_the_name_at_once(daemon: RunningDaemon) -> 
     name = name_of(1)
     for turn in range(10):
         with contextlib.ExitStack() as opened:
-            said: dict[str, object] = {"name": name}
+            said: dict[str, Any] = {"name": name}
             for shard in (1, 0, 2):
                 lane = opened.enter_context(Wire(daemon.socket_path))
                 said["token"] = lane.hello(shard=shard, **said)["token"]

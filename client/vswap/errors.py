@@ -154,11 +154,14 @@ class Stopping(ConnectionLost):
 
 
 class SpaceLost(ConnectionLost):
-    """The daemon has died, or was restarted, and the space's memory is gone with it."""
+    """The space is not there, or another client has had it since.
+
+    The daemon has died, or was restarted, and nobody has kept its memory; or nobody came in time.
+    """
 
 
 class SpaceBusy(ConnectionLost):
-    """The named space is another client's at the moment."""
+    """The space is another client's, or connection's, at the moment."""
 
 
 class Broken(ConnectionLost):
@@ -202,7 +205,7 @@ REJECTED carries a reason (REMEDY_OF_REASON)."""
 REMEDY_OF_REASON: Final[dict[Reason, str]] = {
     Reason.POOL_FULL: "raise pool.max or attach a swap device",
     Reason.DEVICE_FULL: "attach another swap device or free pages",
-    Reason.NO_DEVICE: "attach a swap device or switch the pool on",
+    Reason.NO_DEVICE: "attach a swap device, or let the pool take pages of this group",
     Reason.GROUP_LIMIT: "free pages or raise the group's limits",
     Reason.WRITEBACK_DISABLED: "raise pool.max or allow writeback for the group",
     Reason.WRITE_BUDGET: "raise shrinker.write_budget or wait for tomorrow's",

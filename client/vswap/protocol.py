@@ -111,15 +111,15 @@ class Status(IntEnum):
     NOT_ALLOWED = 0x206
     """Steering by somebody who is neither root nor the daemon's user."""
     BAD_ARGUMENT = 0x207
-    """CONTROL or HELLO: the text says what is wrong."""
+    """CONTROL or HELLO: the text says what is wrong. Any request: flags, status or count."""
     HELLO_FIRST = 0x208
     """A connection's first request must be HELLO, and only that one. Closes."""
     NO_SPACE = 0x209
     """Page operations on a CONTROL connection."""
     SPACE_LOST = 0x20A
-    """HELLO: the space that is to be taken up again is not there. Closes."""
+    """HELLO: the space that a token is said of is not there, or not for this client. Closes."""
     SPACE_BUSY = 0x20B
-    """HELLO: the named space has a client already. Closes."""
+    """HELLO: the named space has a client already, or the part a connection. Closes."""
 
     PAGE_LOST = 0x301
     """LOAD: the device failed or a checksum did not match; the reply lists the slots. The other
@@ -135,7 +135,8 @@ class Status(IntEnum):
     NO_SLOTS = 0x306
     """The swap table is full (`table.max_slots`)."""
     OUT_OF_SERVICE = 0x307
-    """CONTROL: the daemon could not do it (no room for swapoff, no such device, I/O error)."""
+    """CONTROL: the daemon could not do it (no room for swapoff, no such device, I/O error).
+    HELLO: there are as many spaces as there may be."""
 
     @property
     def closes(self) -> bool:
@@ -178,7 +179,7 @@ class Reason(IntEnum):
     DEVICE_FULL = 2
     """Neither the pool nor any device has room."""
     NO_DEVICE = 3
-    """The pool is switched off (or its limit is 0) and there is no device to go to."""
+    """The pool is switched off (or its limit, or the group's, is 0) and there is no device."""
     GROUP_LIMIT = 4
     """The group has reached its own limits."""
     WRITEBACK_DISABLED = 5

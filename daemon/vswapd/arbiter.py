@@ -17,7 +17,12 @@ from typing import Any, Final
 from vswapd.claims import Claim, Claims, Connected, Known, Question, Verdict
 from vswapd.errors import OutOfServiceError
 from vswapd.forking import Child
+from vswapd.groups import Holder
 from vswapd.messages import Inherit
+
+_PATIENCE_S: Final = 5.0
+"""How long a shard is waited for that has to say whether a client is still there: one that hangs
+must not have whoever wants the space hang, too."""
 
 
 class Arbiter:
@@ -69,6 +74,14 @@ class Arbiter:
         """A shard has let go of what was granted to it."""
         self._claims.leave(key, child.index, number)
 
+    def withhold(self, key: str) -> Holder | None:
+        """See Claims."""
+        return self._claims.withhold(key)
+
+    def restore(self, key: str) -> None:
+        """See Claims."""
+        self._claims.restore(key)
+
     def clear(self, child: Child) -> None:
         """A shard has died."""
         self._claims.clear(child.index)
@@ -76,18 +89,27 @@ class Arbiter:
     async def _answer(self, question: Question) -> bool:
         match question:
             case Connected(shard):
-                answer: bool = await self._ask(self._children[shard], question)
-                return answer
+                try:
+                    async with asyncio.timeout(_PATIENCE_S):
+                        return bool(await self._ask(self._children[shard], question))
+                except TimeoutError:
+                    return True  # as far as anybody can tell
             case Known():
                 return await self._any(question)
 
     async def _any(self, question: Known) -> bool:
         """Whether any shard says yes; who is slower than the first that does is not waited for."""
         asked = [asyncio.ensure_future(self._ask(each, question)) for each in self._children]
+        failure: OutOfServiceError | None = None
         try:
             for answer in asyncio.as_completed(asked):
-                if await answer:
-                    return True
+                try:
+                    if await answer:
+                        return True
+                except OutOfServiceError as error:
+                    failure = error
+            if failure is not None:
+                raise failure
             return False
         finally:
             for task in asked:

@@ -89,7 +89,7 @@ Question = Connected | Known
 
 @dataclass(slots=True)
 class _Tenancy:
-    token: int
+    holder: Holder
     parts: dict[int, int] = field(default_factory=dict)
     """By shard, the number of its claim."""
 
@@ -99,14 +99,24 @@ class Claims:
 
     def __init__(self) -> None:
         self._by_key: Final[dict[str, _Tenancy]] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_key)
+        self._withheld: Final[set[str]] = set()
 
     def has(self, key: str, token: int) -> bool:
         """Whether a space is that client's at the moment."""
         found = self._by_key.get(key)
-        return found is not None and found.token == token
+        return found is not None and found.holder.token == token
+
+    def withhold(self, key: str) -> Holder | None:
+        """Grant nobody a space until `restore`; who has it already, and nothing is withheld."""
+        found = self._by_key.get(key)
+        if found is not None:
+            return found.holder
+        self._withheld.add(key)
+        return None
+
+    def restore(self, key: str) -> None:
+        """Grant it again."""
+        self._withheld.discard(key)
 
     def decide(self, claim: Claim) -> Generator[Question, bool, Verdict]:
         """Judge a claim, and enter it if it is granted; yields what has to be found out first."""
@@ -115,20 +125,23 @@ class Claims:
         asked: dict[int, int] = {}
         known = claim.known or not claim.joins
         while True:
+            if claim.key in self._withheld:
+                return refused
             found = self._by_key.get(claim.key)
+            same = found is not None and found.holder.token == token
             if found is None and not known:
                 if not (yield Known(claim.key, token)):
                     return Verdict.LOST
                 known = True
-            elif found is None or (found.token == token and claim.shard not in found.parts):
-                held = self._by_key.setdefault(claim.key, _Tenancy(token))
+            elif found is None or (same and claim.shard not in found.parts):
+                held = self._by_key.setdefault(claim.key, _Tenancy(claim.holder))
                 held.parts[claim.shard] = claim.number
                 return Verdict.GRANTED
             else:
                 if asked == (asked := dict(found.parts)):
                     return refused
                 for shard, number in asked.items():
-                    in_the_way = found.token != token or shard == claim.shard
+                    in_the_way = not same or shard == claim.shard
                     if in_the_way and (yield Connected(shard, claim.key, number)):
                         return refused
 

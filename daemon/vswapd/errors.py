@@ -85,6 +85,12 @@ class OutOfServiceError(EngineError):
     status = Status.OUT_OF_SERVICE
 
 
+class StoppingError(EngineError):
+    """A greeting that the daemon cannot answer, since it is ending."""
+
+    status = Status.STOPPING
+
+
 class NoSuchSpaceError(ArgumentError):
     """There is no space of that name."""
 

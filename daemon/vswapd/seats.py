@@ -27,7 +27,7 @@ class Judge(Protocol):
         """Judge a claim, and take note of it if it is granted.
 
         Raises:
-            OutOfServiceError: that cannot be done now.
+            StoppingError: the daemon is ending.
         """
 
     def leave(self, claim: Claim) -> None:
@@ -69,7 +69,7 @@ class Seats:
             hung_up: whether nobody is at the other end of the connection any more.
 
         Raises:
-            OutOfServiceError: that cannot be found out now.
+            StoppingError: the daemon is ending.
         """
         self._seats[claim.number] = _Seat(claim, hung_up)
         verdict = Verdict.LOST

@@ -289,7 +289,8 @@ class Session:
             Why it cannot be had; or the last request that was carried out for who comes back.
 
         Raises:
-            OutOfServiceError: there are too many, or it cannot be found out who has it.
+            OutOfServiceError: there are too many.
+            StoppingError: the daemon is ending.
         """
         engine, seats = self._context.engine, self._context.seats
         ledger = engine.core.ledger

@@ -28,7 +28,7 @@ from vswapd.config import Config
 from vswapd.config_schema import Device
 from vswapd.control import KeptDevice
 from vswapd.driver import Elsewhere, Task
-from vswapd.errors import OutOfServiceError
+from vswapd.errors import OutOfServiceError, StoppingError
 from vswapd.front import ServiceError, cannot_lock
 from vswapd.host import Host
 from vswapd.keeping import KeepingError, claim
@@ -132,7 +132,11 @@ class _Judge:
 
     def claim(self, claim: Claim) -> Task[Verdict]:
         """See seats.Judge."""
-        verdict: Verdict = yield from _ask(self._channel, Seek(claim))
+        try:
+            verdict: Verdict = yield from _ask(self._channel, Seek(claim))
+        except OutOfServiceError as error:
+            # Whoever comes back is to try again: it says nothing about the space.
+            raise StoppingError(str(error)) from None
         return verdict
 
     def leave(self, claim: Claim) -> None:

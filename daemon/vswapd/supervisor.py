@@ -31,6 +31,7 @@ from vswapd.acceptor import Acceptor
 from vswapd.arbiter import Arbiter
 from vswapd.arguments import Arguments
 from vswapd.channel import Channel, ChannelClosedError
+from vswapd.claims import key_of
 from vswapd.config import Config, ConfigError, load
 from vswapd.config_schema import Device
 from vswapd.errors import (
@@ -41,7 +42,6 @@ from vswapd.errors import (
 )
 from vswapd.forking import Child, fork_again
 from vswapd.front import Front, ServiceError, Tally
-from vswapd.hello import shard_of
 from vswapd.keeping import Keeping, KeepingError
 from vswapd.merge import merged
 from vswapd.messages import (
@@ -631,31 +631,24 @@ class Supervisor:
             if space.name == name and uid in {None, space.uid}
         ]
         whose = whose_space(name, [space.uid for space in named])
-        # One that is in use on any shard is dropped on none.
-        for space in named:
-            if space.attached:
-                raise OutOfServiceError(f"{name!r} is in use by pid {space.pid}: end that first")
-        drop = Carry({"verb": "drop", "name": name, "uid": whose})
-        first = shard_of(name, len(self._children))
-        # A client may ask for it at this moment, which it does there: then all of it stays.
-        answers = await self._drop_parts([self._children[first]], drop)
-        answers += await self._drop_parts(
-            [child for child in self._children if child.index != first], drop
-        )
-        if not answers:
-            raise no_such_space(name)
-        freed = sum(answer["freed_slots"] for answer in answers)
-        return {"name": name, "uid": whose, "freed_slots": freed}
-
-    async def _drop_parts(self, children: Sequence[Child], drop: Carry) -> list[dict[str, Any]]:
-        """What those shards answer that have a part of a space; it is on none of them any more."""
-        asked = [self._ask(child, drop) for child in children]
-        answers = await asyncio.gather(*asked, return_exceptions=True)
+        key = key_of(whose, "", name)
+        # From now on nobody gets it, on any shard: it is dropped on all, or on none.
+        holder = self._arbiter.withhold(key)
+        if holder is not None:
+            raise OutOfServiceError(f"{name!r} is in use by pid {holder.pid}: end that first")
+        try:
+            drop = Carry({"verb": "drop", "name": name, "uid": whose})
+            answers = await self._ask_each([drop] * len(self._children))
+        finally:
+            self._arbiter.restore(key)
         found = [answer for answer in answers if not isinstance(answer, NoSuchSpaceError)]
         for answer in found:
             if isinstance(answer, BaseException):
                 raise answer
-        return [answer for answer in found if isinstance(answer, dict)]
+        if not found:
+            raise no_such_space(name)
+        freed = sum(answer["freed_slots"] for answer in found)
+        return {"name": name, "uid": whose, "freed_slots": freed}
 
     Verb = Callable[["Supervisor", Arguments, dict[str, Any]], Awaitable[dict[str, Any]]]
     verbs: ClassVar[Mapping[str, Verb]] = MappingProxyType(

@@ -27,11 +27,13 @@ from support.daemon import RunningDaemon, running_daemon
 from support.service_manager import service
 from support.wire import (
     BAD_ARGUMENT,
+    CONTROL,
     FOR_CONTROL,
     HELLO,
     SPACE_BUSY,
     SPACE_LOST,
     STATUS,
+    STOPPING,
     Wire,
 )
 from vswap.control import Control
@@ -396,6 +398,57 @@ def test_what_is_claimed_is_let_go_of_in_every_way(daemon: RunningDaemon) -> Non
     with Wire(daemon.socket_path) as control_only:
         control_only.hello(FOR_CONTROL)
         assert outcome(daemon.socket_path, name="x", shard=1) == 0
+
+
+def test_a_daemon_that_ends_meanwhile_says_so() -> None:
+    """Whoever greets while the supervisor dies is told to come again, or nothing: never a fault."""
+    with service(f"server.shards={SHARDS}", "pool.max=32M") as manager:
+        greetings: list[dict[str, Any]] = [{"name": "x"}, {}, {"name": "x", "window": 4096}]
+        for said in greetings:
+            with Wire(manager.socket_path) as wire:
+                assert wire.ask(HELLO, b'{"window": -1}').status == BAD_ARGUMENT
+                os.kill(manager.pid, signal.SIGSTOP)
+                wire.socket.sendall(wire.frame(HELLO, _said(**said)))
+                kill(manager.pid)
+                status = STOPPING
+                with contextlib.suppress(OSError, AssertionError):
+                    status = wire.reply().status
+                assert status == STOPPING
+            manager.start()
+        with vswap.connect(manager.socket_path, name="x") as space:
+            assert space.load(space.store(noise(3))) == noise(3)
+
+
+def test_a_space_that_is_being_dropped_is_nobodys(daemon: RunningDaemon) -> None:
+    """It is dropped on all shards or on none: nobody gets a part of it in between, on any shard."""
+    hanging = shards_of(daemon)[2]
+    with Wire(daemon.socket_path) as operator, Wire(daemon.socket_path) as lane:
+        operator.hello(FOR_CONTROL, shard=0)
+        with Wire(daemon.socket_path) as first:
+            token = first.hello(name="x", shard=0)["token"]
+            first.store(noise(3))
+            lane.hello(name="x", token=token, shard=2)
+            lane.store(noise(4))
+            lane.socket.close()
+        while operator.done("spaces")["spaces"][0]["pid"] is not None:
+            pass
+        with Wire(daemon.socket_path) as probe:
+            probe.hello(FOR_CONTROL, shard=1)
+            operator.socket.sendall(operator.frame(CONTROL, b'{"verb": "drop", "name": "x"}'))
+            os.kill(hanging, signal.SIGSTOP)
+            try:
+                for _ in range(50):
+                    probe.assert_in_step()
+                status = outcome(daemon.socket_path, name="x", shard=1)
+            finally:
+                os.kill(hanging, signal.SIGCONT)
+            reply = operator.reply()
+        # Whichever came first has had its way, and wholly so.
+        if reply.status == 0:
+            assert reply.json["freed_slots"] == 7
+        else:
+            assert (status, "in use" in reply.text) == (0, True)
+            assert operator.ask(STATUS).json["slots"]["allocated"] == 7
 
 
 def test_a_client_of_ours_is_the_one(daemon: RunningDaemon) -> None:

@@ -91,7 +91,7 @@ class AskStatus:
 
 @dataclass(frozen=True, slots=True)
 class Seek:
-    """A connection asks for a space's part: answer with the Verdict."""
+    """A connection asks for a space's part: answer with the Verdict. News if it is a new space."""
 
     claim: Claim
 

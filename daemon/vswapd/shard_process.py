@@ -132,6 +132,11 @@ class _Judge:
 
     def claim(self, claim: Claim) -> Task[Verdict]:
         """See seats.Judge."""
+        if not claim.joins and not claim.named:
+            # Nobody else can know of it: there is nothing to wait for. A lane on another shard may
+            # be heard of first; then all shards are asked, and this one knows.
+            self._channel.tell(Seek(claim))
+            return Verdict.GRANTED
         try:
             verdict: Verdict = yield from _ask(self._channel, Seek(claim))
         except OutOfServiceError as error:

@@ -157,4 +157,5 @@ def _explain(error: OSError) -> str:
 def client_name(name: str | None) -> str:
     """What the daemon shows for this client: `name` or the program's, and the process id."""
     program = name or Path(sys.argv[0] if sys.argv else "").name or "python"
-    return f"{program} {os.getpid()}"
+    # Names of files may hold bytes that are no text, and only text can be said.
+    return f"{program} {os.getpid()}".encode(errors="replace").decode()

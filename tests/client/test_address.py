@@ -114,7 +114,9 @@ def test_a_directory_that_is_a_link_is_not_trusted(
         vswap.connect()
 
 
-@pytest.mark.parametrize(("name", "shown"), [("prog", "prog"), (None, "pytest")])
+@pytest.mark.parametrize(
+    ("name", "shown"), [("prog", "prog"), (None, "pytest"), ("no\udcfftext", "no?text")]
+)
 def test_clients_say_who_they_are(name: str | None, shown: str) -> None:
     """HELLO names the program, or what was asked for, and the process."""
     said = address.client_name(name)

@@ -543,8 +543,9 @@ class Play:
 
     def hello(self, client: Client) -> None:
         """A greeting that is right."""
-        body = json.dumps(_HELLOS[self.script.byte(8) > 1]).encode()
+        with_window = self.script.byte(8) > 1
         flags = self.script.byte() // 200
+        body = json.dumps(_HELLOS[with_window and not flags]).encode()
         client.last_id += 1
         data = HEADER.pack(HEADER_BYTES + len(body), 1, Op.HELLO, 0, 0, flags, client.last_id)
         TALLY["frames"] += 1

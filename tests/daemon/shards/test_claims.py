@@ -401,7 +401,7 @@ def test_what_is_claimed_is_let_go_of_in_every_way(daemon: RunningDaemon) -> Non
 
 
 def test_a_daemon_that_ends_meanwhile_says_so() -> None:
-    """Whoever greets while the supervisor dies is told to come again, or nothing: never a fault."""
+    """Whoever greets while the supervisor dies is served, told to come again, or cut off."""
     with service(f"server.shards={SHARDS}", "pool.max=32M") as manager:
         greetings: list[dict[str, Any]] = [{"name": "x"}, {}, {"name": "x", "window": 4096}]
         for said in greetings:
@@ -413,7 +413,7 @@ def test_a_daemon_that_ends_meanwhile_says_so() -> None:
                 status = STOPPING
                 with contextlib.suppress(OSError, AssertionError):
                     status = wire.reply().status
-                assert status == STOPPING
+                assert status in {0, STOPPING}
             manager.start()
         with vswap.connect(manager.socket_path, name="x") as space:
             assert space.load(space.store(noise(3))) == noise(3)

@@ -326,7 +326,8 @@ class Session:
                 self._leave()
         if self.space is None:
             return gone, None
-        self.joined = self.space.joined
+        # Whoever comes back says a token, also on what was the first connection.
+        self.joined = self.space.joined if said.resume else said.token is not None
         return None, engine.last_answer(self.space) if said.resume else None
 
     def _leave(self) -> None:

@@ -36,7 +36,7 @@ _MOST_DEPTH: Final = 16
 _TOKEN_DIGITS: Final = 32
 _SHARD_DIGITS: Final = 2
 _HEX: Final = frozenset("0123456789abcdef")
-_OF_A_SPACE: Final = ("token", "resume", "name", "window")
+_OF_A_SPACE: Final = ("token", "resume", "name")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -543,9 +543,8 @@ class Play:
 
     def hello(self, client: Client) -> None:
         """A greeting that is right."""
-        with_window = self.script.byte(8) > 1
+        body = json.dumps(_HELLOS[self.script.byte(8) > 1]).encode()
         flags = self.script.byte() // 200
-        body = json.dumps(_HELLOS[with_window and not flags]).encode()
         client.last_id += 1
         data = HEADER.pack(HEADER_BYTES + len(body), 1, Op.HELLO, 0, 0, flags, client.last_id)
         TALLY["frames"] += 1

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 
 import pytest
 
 from support.daemon import running_daemon
-from support.wire import HELLO, STATUS, TOO_MANY_CONNECTIONS, Wire
+from support.wire import (
+    HELLO,
+    SPACE_BUSY,
+    SPACE_LOST,
+    STATUS,
+    TOO_MANY_CONNECTIONS,
+    Reply,
+    Wire,
+)
 from vswapd.places import Places
 
 ROOT, MARY, PAUL = 0, 1001, 1002
@@ -65,20 +74,32 @@ def test_a_user_who_takes_all_places_takes_his_own(shards: int, *, with_token: b
     """Also by saying tokens, which no supervisor counts: others come in, and root steers."""
     settings = (f"server.shards={shards}", "server.max_connections=6", "pool.max=8M")
     others = (*settings, "server.max_user_connections=4", "server.socket_mode=0666")
-    said = f'{{"token": "{"0" * 32}"}}'.encode() if with_token else b""
     with running_daemon(*others) as daemon, contextlib.ExitStack() as opened:
         daemon.directory.chmod(0o755)
-        taken = 0
-        for _ in range(4 * shards + 3):
+
+        def greet(**said: object) -> Reply:
             with _somebody_else():
                 wire = opened.enter_context(Wire(daemon.socket_path))
             with contextlib.suppress(BrokenPipeError):  # refused already; it says why
-                wire.socket.sendall(wire.frame(HELLO, said))
-            reply = wire.reply()
-            taken += reply.status != TOO_MANY_CONNECTIONS
-            if reply.status == TOO_MANY_CONNECTIONS:
+                wire.socket.sendall(wire.frame(HELLO, json.dumps(said).encode()))
+            return wire.reply()
+
+        replies = [greet() for _ in range(4 + 3)]
+        taken = [reply.json for reply in replies if reply.status == 0]
+        for reply in replies:
+            if reply.status:
+                assert reply.status == TOO_MANY_CONNECTIONS
                 assert "server.max_user_connections" in reply.text
-        assert taken == (4 * shards if with_token else 4)
+        assert len(taken) == 4
+        if with_token:
+            for first in list(taken):
+                for shard in range(shards):
+                    reply = greet(token=first["token"], shard=shard)
+                    taken += [reply.json] if reply.status == 0 else []
+                    in_use = {SPACE_BUSY, TOO_MANY_CONNECTIONS}
+                    assert reply.status in (in_use if shard == first["shard"] else {0})
+                assert greet(token="0" * 32).status in {SPACE_LOST, TOO_MANY_CONNECTIONS}
+            assert len(taken) == 4 * shards
         for _ in range(2):
             root = opened.enter_context(Wire(daemon.socket_path))
             root.hello()

@@ -207,6 +207,8 @@ class Core:
             delta = length if tag is Tag.ZSWAP else -length
             group.pool_bytes += delta
             group.device_bytes -= delta
+            if tag is Tag.PHYS:
+                group.written_back += length
         old_places = places_of(old)
         self._resized(numbers[same], moved.length - old_places.length, group)
         if old_tag is Tag.ZSWAP:

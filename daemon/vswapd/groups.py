@@ -36,6 +36,8 @@ class Group:
     device_pending: int = 0
     """Compressed bytes on their way to devices, not charged yet: operations that overlap cannot
     pass the limit together."""
+    written_back: int = 0
+    """Compressed bytes that have gone from the pools to devices since this process began."""
     spaces: int = 0
     ledger: Ledger = field(default_factory=Ledger)
     columns: tuple[int, int] | None = None

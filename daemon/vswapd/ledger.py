@@ -49,7 +49,8 @@ class Column(IntEnum):
     BUDGET = 2
     """Bytes that were written back on that day, and that are being."""
     POOL_BASIS = 16 * 1024 - 2
-    """Bytes of POOL when the shard began to make its share of them go; 0: it does not."""
+    """Bytes of POOL while the shard makes its share of them go, those counted that have gone since
+    it began; 0: it does not."""
     SHRINKING = 16 * 1024 - 1
     """What its shrinker does: IDLE, STUCK, or, if it has seen the high watermark of all pools
     passed, 1 and the bytes that it wants to be left. These two are the last columns of a row: no
@@ -76,7 +77,7 @@ class Elsewhere(NamedTuple):
     stuck: int
     """What of that is of shards that cannot make anything go."""
     basis: int
-    """What those held that can, when they began to make their share go, if they have."""
+    """What those hold that can, and have given since they began to make their share go."""
 
 
 class Ledger:
@@ -119,7 +120,7 @@ class Ledger:
 
         Args:
             held: its column.
-            basis: the column of what was held at first.
+            basis: its column of what is held, and was given lately.
         """
         total = stuck = began = 0
         for row in self._others:
@@ -174,7 +175,7 @@ class Ledger:
 
     @staticmethod
     def basis_of(columns: tuple[int, int]) -> int:
-        """A group's column for what it held in pools when its share began to go."""
+        """A group's column that is to its bytes in pools what POOL_BASIS is to POOL."""
         return _FIRST_BASIS + (columns[0] - _FIRST_GROUP) // 2
 
     @contextlib.contextmanager

@@ -1,9 +1,11 @@
 """What one shard gives up where all of them together hold more than they are to.
 
-Each keeps its part of the floor, and gives the rest: as much of the floor is its own as it held of
-the sum when it began. What that was stands in the ledger as long as it is at it, so that one which
-begins late finds the same parts. If every shard took its part of what is left instead, each time
-anew, those that are fast would go on and on while a slow one has not begun.
+Each keeps its part of the floor, and gives the rest: as much of the floor is its own as it holds of
+the sum, what has been given already counted as if it were there (its *basis*). That stands in the
+ledger as long as the shard is at it, so that one which begins late finds the same parts. If every
+shard took its part of what is left instead, each time anew, those that are fast would go on and on
+while a slow one has not begun. And what comes in meanwhile is everybody's to make room for: whoever
+stores gets a larger part, so its new pages do not go while old ones of others stay.
 
 So a shard that has given its share leaves the rest to the others. If they do not get on with it for
 a while, it begins anew with what is left. What is held by shards that say that nothing of theirs
@@ -43,13 +45,13 @@ class Share:
         Args:
             clock: seconds.
             ledger: where the others say what they hold.
-            columns: of what is held, and of what was held at first; None: it is not shared.
+            columns: of what is held, and of the basis; None: it is not shared.
         """
         self._clock = clock
         self._ledger = ledger
         self._columns = columns
-        self._basis: int | None = None
-        """What this shard held when it began; None: the sum was not above the floor."""
+        self._mark: int | None = None
+        """What this shard had given before it began; None: the sum was not above the floor."""
         self._others = 0
         """The least that the others have held since."""
         self._since = 0.0
@@ -60,11 +62,12 @@ class Share:
         """The clock's time at which the others have had time enough; None: they are not waited
         for."""
 
-    def due(self, own: int, floor: int) -> int:
+    def due(self, own: int, given: int, floor: int) -> int:
         """Bytes to give up now; 0: none, or it is for the others to go on.
 
         Args:
             own: what this shard holds.
+            given: what it has given in all its life.
             floor: what all together are to hold at most.
         """
         others = self._elsewhere()
@@ -73,13 +76,15 @@ class Share:
             self.forget()
             return 0
         now = self._clock()
-        basis = self._basis
-        if basis is not None and others.held < self._others:
+        mark = self._mark
+        if mark is not None and others.held < self._others:
             self._others, self._since = others.held, now
         late = now - self._since >= PATIENCE_S and own <= self._target
-        if basis is None or late:
-            basis = self._begin(own)
+        if mark is None or late:
+            mark = self._mark = given
             self._others, self._since = others.held, now
+        basis = own + given - mark
+        self._enter(basis)
         part = basis / (basis + others.basis) if basis else 0.0
         self._target = part * max(0, floor - others.stuck)
         mine = math.ceil(own - self._target)
@@ -89,20 +94,17 @@ class Share:
 
     def forget(self) -> None:
         """Nothing is to be given up now; what comes next begins anew."""
-        if self._basis is not None:
-            self._begin(0)
-        self._basis = self.next_look = None
+        if self._mark is not None:
+            self._enter(0)
+        self._mark = self.next_look = None
 
-    def given(self, own: int) -> bool:
+    def has_given(self, own: int) -> bool:
         """Whether this shard, if it holds so much, waits for the others to give theirs."""
         return self.next_look is not None and own <= self._target
 
     def _elsewhere(self) -> Elsewhere:
         return _NOBODY if self._columns is None else self._ledger.elsewhere(*self._columns)
 
-    def _begin(self, own: int) -> int:
-        """Note what this shard holds as it begins, for itself and for the others."""
-        self._basis = own
+    def _enter(self, basis: int) -> None:
         if self._columns is not None:
-            self._ledger.enter(self._columns[1], own)
-        return own
+            self._ledger.enter(self._columns[1], basis)

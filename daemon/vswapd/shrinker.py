@@ -144,7 +144,7 @@ class Shrinker:
         return (
             (
                 core.pool_use() > core.settings.high_watermark * core.pressure.limit
-                and not self._pool_share.given(core.zswap.in_use_bytes)
+                and not self._pool_share.has_given(core.zswap.in_use_bytes)
             )
             or (self._spare_since is None and core.zswap.arena.spare_bytes > 0)
             or core.devices.discards_waiting
@@ -334,7 +334,9 @@ class Shrinker:
 
     def _pool_due(self) -> int:
         """Bytes of this shard's pools that are to go for the low watermark of the sum."""
-        return self._due(self._pool_share, self._core.zswap.in_use_bytes, self._floor())
+        core = self._core
+        given = sum(group.written_back for group in core.groups)
+        return self._due(self._pool_share, core.zswap.in_use_bytes, given, self._floor())
 
     def _group_due(self, group: Group) -> int:
         """Compressed bytes of a group that are to go for its limit, as far as this shard's."""
@@ -348,10 +350,10 @@ class Shrinker:
             columns, ledger = group.columns, self._core.ledger
             shared = None if columns is None else (columns[0], ledger.basis_of(columns))
             share = self._group_shares[group.index] = Share(self._core.clock, ledger, shared)
-        return self._due(share, group.pool_bytes, limit)
+        return self._due(share, group.pool_bytes, group.written_back, limit)
 
-    def _due(self, share: Share, own: int, floor: int) -> int:
-        due = share.due(own, floor)
+    def _due(self, share: Share, own: int, given: int, floor: int) -> int:
+        due = share.due(own, given, floor)
         if share.next_look is not None:
             self._waits.append(share.next_look)
         return due

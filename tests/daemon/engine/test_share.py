@@ -337,6 +337,6 @@ def test_what_others_have_made_go_meanwhile_need_not_go() -> None:
 def test_the_share_alone() -> None:
     """With nobody else all of the excess is one's own, and nothing is waited for."""
     share = Share(Clock(), Ledger(), (Column.POOL, Column.POOL_BASIS))
-    assert share.due(100, 60) == 40
-    assert share.due(60, 60) == 0
+    assert share.due(100, 0, 60) == 40
+    assert share.due(60, 40, 60) == 0
     assert share.next_look is None

@@ -95,6 +95,6 @@ class Admission:
             return Refusal.FULL
         # Spare memory is not in use; with it, too, this shard stays within what others leave. And
         # a segment that was spare comes into use with all its memory, however little is needed.
-        zswap.arena.most_bytes = room + zswap.in_use_bytes
+        zswap.arena.most_bytes = room + zswap.in_use_bytes - core.ledger.others(Column.SPARE)
         zswap.arena.warm_bytes = left
         return None

@@ -197,5 +197,6 @@ class Compaction:
         freed = 0
         for left in range(arena.spare_segments, 0, -_TRIM_AT_ONCE):
             freed += arena.trim(min(left, _TRIM_AT_ONCE))
+            self._core.enter()
             yield PAUSE
         return freed

@@ -281,6 +281,11 @@ class Core:
         """Bytes that the pools of all shards occupy."""
         return self.zswap.in_use_bytes + self.ledger.others(Column.POOL)
 
+    def crowded(self) -> bool:
+        """Whether spare memory, this shard's and that of others, is more than there is room for."""
+        spare = self.zswap.arena.spare_bytes + self.ledger.others(Column.SPARE)
+        return spare > self.pool_room()
+
     def pool_room(self) -> int:
         """Bytes that the pool may still grow by; negative when over its limit."""
         return self.pressure.limit - self.pool_use()
@@ -301,6 +306,7 @@ class Core:
         arena.most_bytes = self.pressure.limit
         if self.pressure.why:
             arena.trim()
+            self.enter()
 
     def enter(self, group: Group | None = None) -> None:
         """Tell the other shards what the pools of this one occupy, and what it holds for a group.
@@ -310,7 +316,9 @@ class Core:
         """
         if self.ledger.alone:
             return
-        self.ledger.enter(Column.POOL, self.zswap.in_use_bytes)
+        arena = self.zswap.arena
+        self.ledger.enter(Column.POOL, arena.in_use_bytes)
+        self.ledger.enter(Column.SPARE, arena.spare_bytes)
         if group is not None:
             group.enter()
 

@@ -48,13 +48,15 @@ class Column(IntEnum):
     """The day that BUDGET is of."""
     BUDGET = 2
     """Bytes that were written back on that day, and that are being."""
+    SPARE = 16 * 1024 - 3
+    """Bytes of pool memory that are not in use, and not given back to the system yet."""
     POOL_BASIS = 16 * 1024 - 2
     """Bytes of POOL while the shard makes its share of them go, those counted that have gone since
     it began; 0: it does not."""
     SHRINKING = 16 * 1024 - 1
     """What its shrinker does: IDLE, STUCK, or, if it has seen the high watermark of all pools
-    passed, 1 and the bytes that it wants to be left. These two are the last columns of a row: no
-    earlier daemon has used them, so that a ledger which one of them has left says IDLE."""
+    passed, 1 and the bytes that it wants to be left. These three are the last columns of a row:
+    no earlier daemon has used them, so that a ledger which one of them has left says IDLE."""
 
 
 IDLE: Final = 0
@@ -67,7 +69,7 @@ _COLUMNS: Final = 16 * 1024
 """Whole pages per row, so that a region's size tells how many rows there are."""
 _FIRST_BASIS: Final = _FIRST_GROUP + 2 * MOST_GROUPS
 """A group's third column: as POOL_BASIS, of its bytes in pools."""
-assert _FIRST_BASIS + MOST_GROUPS <= Column.POOL_BASIS < Column.SHRINKING < _COLUMNS
+assert _FIRST_BASIS + MOST_GROUPS <= Column.SPARE < Column.SHRINKING < _COLUMNS
 
 
 class Elsewhere(NamedTuple):

@@ -62,8 +62,9 @@ from vswapd_backends.shared_extents import SharedExtents, adopt_owners_region
 from vswapd_blockdev.extents import ExtentMap
 
 _LOG: Final = logging.getLogger(__name__)
-_HUNGRY_S: Final = 0.1
-"""Others are told that the pool is nearly full at most every so many seconds."""
+_HUNGRY_S: Final = 0.02
+"""Others are told that the pool is nearly full at most every so many seconds: soon enough for them
+to give their share of what one shard stores meanwhile, before it has to make room by itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

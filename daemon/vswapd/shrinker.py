@@ -278,7 +278,8 @@ class Shrinker:
         now = self._core.clock()
         if self._spare_since is None:
             self._spare_since = now
-        return now - self._spare_since >= _SPARE_AGE
+        # Where it is too much for all shards together nobody keeps any of it.
+        return now - self._spare_since >= _SPARE_AGE or self._core.crowded()
 
     def _say(self, doing: Doing, why: str, count: int) -> int:
         self.doing = doing

@@ -221,7 +221,10 @@ def _check_ledger(core: Core) -> list[str]:
     """What other shards are told is what this one holds, and no more."""
     if core.ledger.alone:
         return []
-    said = {"the pools": (core.ledger.own(Column.POOL), core.zswap.in_use_bytes)}
+    said = {
+        "the pools": (core.ledger.own(Column.POOL), core.zswap.in_use_bytes),
+        "spare memory": (core.ledger.own(Column.SPARE), core.zswap.arena.spare_bytes),
+    }
     for group in core.groups:
         if group.columns is not None:
             pool, device = map(core.ledger.own, group.columns)

@@ -327,10 +327,17 @@ class Core:
         self.enter()
         self.ledger.enter(Column.SHRINKING, IDLE)
         self.ledger.enter(Column.POOL_BASIS, 0)
+        self.ledger.enter(Column.LEAVING, 0)
         for group in self.groups:
             group.enter()
             if group.columns is not None:
                 self.ledger.enter(self.ledger.basis_of(group.columns), 0)
+
+    def leaving(self, nbytes: int, of: Group | None) -> None:
+        """Tell the other shards what the shrinker is writing back, of one group or of any."""
+        columns = None if of is None else of.columns
+        self.ledger.enter(Column.LEAVING_OF, Column.POOL if columns is None else columns[0])
+        self.ledger.enter(Column.LEAVING, nbytes)
 
     def unpin(self, segment: int, *, leaving: bool = True) -> None:
         """Undo a pin of a segment (see `Zswap.pin`); if it goes with that, others may know."""

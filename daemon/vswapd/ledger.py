@@ -48,6 +48,10 @@ class Column(IntEnum):
     """The day that BUDGET is of."""
     BUDGET = 2
     """Bytes that were written back on that day, and that are being."""
+    LEAVING = 16 * 1024 - 5
+    """Bytes that its shrinker is writing back at the moment, and that are still held."""
+    LEAVING_OF = 16 * 1024 - 4
+    """The column of what these are of: a group's in pools, or POOL if they are of any."""
     SPARE = 16 * 1024 - 3
     """Bytes of pool memory that are not in use, and not given back to the system yet."""
     POOL_BASIS = 16 * 1024 - 2
@@ -55,7 +59,7 @@ class Column(IntEnum):
     it began; 0: it does not."""
     SHRINKING = 16 * 1024 - 1
     """What its shrinker does: IDLE, STUCK, or, if it has seen the high watermark of all pools
-    passed, 1 and the bytes that it wants to be left. These three are the last columns of a row:
+    passed, 1 and the bytes that it wants to be left. These five are the last columns of a row:
     no earlier daemon has used them, so that a ledger which one of them has left says IDLE."""
 
 
@@ -69,7 +73,7 @@ _COLUMNS: Final = 16 * 1024
 """Whole pages per row, so that a region's size tells how many rows there are."""
 _FIRST_BASIS: Final = _FIRST_GROUP + 2 * MOST_GROUPS
 """A group's third column: as POOL_BASIS, of its bytes in pools."""
-assert _FIRST_BASIS + MOST_GROUPS <= Column.SPARE < Column.SHRINKING < _COLUMNS
+assert _FIRST_BASIS + MOST_GROUPS <= Column.LEAVING < Column.SHRINKING < _COLUMNS
 
 
 class Elsewhere(NamedTuple):
@@ -80,6 +84,8 @@ class Elsewhere(NamedTuple):
     """What of that is of shards that cannot make anything go."""
     basis: int
     """What those hold that can, and have given since they began to make their share go."""
+    leaving: int
+    """What of all that is being written back."""
 
 
 class Ledger:
@@ -124,7 +130,7 @@ class Ledger:
             held: its column.
             basis: its column of what is held, and was given lately.
         """
-        total = stuck = began = 0
+        total = stuck = began = leaving = 0
         for row in self._others:
             mine = row[held]
             total += mine
@@ -132,7 +138,9 @@ class Ledger:
                 stuck += mine
             else:
                 began += row[basis] or mine
-        return Elsewhere(total, stuck, began)
+            if held in {Column.POOL, row[Column.LEAVING_OF]}:
+                leaving += row[Column.LEAVING]
+        return Elsewhere(total, stuck, began, leaving)
 
     def working(self, floor: int) -> bool:
         """Whether another shard has seen the high watermark passed, and is not done with it.

@@ -31,7 +31,7 @@ from vswapd.ledger import Elsewhere, Ledger
 PATIENCE_S: Final = 1.0
 """How long shards may take to give up something before the others take part of their share: many
 times what a write of a few extents takes, even on a busy disk."""
-_NOBODY: Final = Elsewhere(0, 0, 0)
+_NOBODY: Final = Elsewhere(0, 0, 0, 0)
 
 
 class Share:
@@ -79,18 +79,20 @@ class Share:
         mark = self._mark
         if mark is not None and others.held < self._others:
             self._others, self._since = others.held, now
-        late = now - self._since >= PATIENCE_S and own <= self._target
-        if mark is None or late:
+        late = mark is not None and now - self._since >= PATIENCE_S
+        if mark is None or (late and own <= self._target):
             mark = self._mark = given
             self._others, self._since = others.held, now
         basis = own + given - mark
         self._enter(basis)
         part = basis / (basis + others.basis) if basis else 0.0
         self._target = part * max(0, floor - others.stuck)
-        mine = math.ceil(own - self._target)
-        waits = mine <= 0 < own and others.held > others.stuck
+        # What is on its way out need not go twice; but a disk that hangs is not waited for.
+        left = excess if late else excess - others.leaving
+        due = max(0, min(left, math.ceil(own - self._target)))
+        waits = not due and own and others.held > others.stuck
         self.next_look = self._since + PATIENCE_S if waits else None
-        return max(0, min(excess, mine))
+        return due
 
     def forget(self) -> None:
         """Nothing is to be given up now; what comes next begins anew."""

@@ -517,6 +517,8 @@ class Writeback:
                     and (missing := _missing(nbytes - total.bytes, still) - _bytes(flights)) > 0
                 ):
                     most = min(WHOLE_AT_ONCE, -(-missing // SEGMENT_BYTES))
+                    if still is not None:
+                        self._core.leaving(_bytes(flights) + most * SEGMENT_BYTES, only)
                     flight = self.write_some(cause, only, most)
                     landed = yield from _advance(flight, flights)
                     total = _sum(total, landed)
@@ -529,8 +531,12 @@ class Writeback:
                 flights.popleft()
                 landed = yield from _advance(flight, flights)
                 total = _sum(total, landed)
+                if still is not None:
+                    self._core.leaving(_bytes(flights), only)
                 yield PAUSE
         finally:
+            if still is not None:
+                self._core.leaving(0, only)
             for flight, _ in flights:
                 flight.close()
 

@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from support.engine import KIB, MIB, Clock, Rig, UnkindDevice, pages_of
+from support.interleaving import start
 from vswapd.ledger import Column, Ledger, shared_region
 from vswapd.pressure import Free
 from vswapd.settings import GroupLimits, Settings
@@ -332,6 +333,53 @@ def test_what_others_have_made_go_meanwhile_need_not_go() -> None:
     one.shrink()
     assert held(made)[0] <= 0.85 * 2 * MIB
     assert isinstance(one.devices[0], UnkindDevice)
+
+
+@pytest.mark.parametrize("which", ["pool", "group"])
+def test_what_another_shard_is_writing_need_not_go_twice(which: str) -> None:
+    """Less than a segment is too much: one shard writes it, and the other leaves it at that."""
+    made = rigs([1, 1])
+    one, two = made
+    if which == "pool":
+        floor = sum(held(made)) - 200 * KIB
+        lower(made, pool_max=int(floor / 0.9) + 1, low_watermark=0.9, high_watermark=0.9)
+    else:
+        lower(made, groups={"0": GroupLimits(pool_max=sum(of_group(made)) - 200 * KIB)})
+    under_way = start(one.engine.shrinker.scan(one.engine.shrinker.count()))
+    under_way.until_io()
+    assert two.engine.shrinker.count() == 0
+    under_way.finish()
+    by_turns(made)
+    assert one.devices[0].written > 0
+    assert two.devices[0].written == 0
+
+
+@pytest.mark.parametrize("ends", ["it fails", "it hangs"])
+def test_what_another_shard_cannot_write_goes_in_the_end(ends: str) -> None:
+    """A write of another shard that comes to nothing is not relied on for ever."""
+    made = rigs([1, 1])
+    one, two = made
+    floor = sum(held(made)) - 200 * KIB
+    lower(made, pool_max=int(floor / 0.9) + 1, low_watermark=0.9, high_watermark=0.9)
+    one.devices[0].fails = lambda what, _: what == "write"
+    under_way = start(one.engine.shrinker.scan(one.engine.shrinker.count()))
+    under_way.until_io()
+    two.shrink()
+    assert two.devices[0].written == 0
+    if ends == "it fails":
+        under_way.finish()
+    for _ in range(10):
+        wakeup = two.engine.shrinker.next_wakeup()
+        assert wakeup is not None
+        assert wakeup > two.clock()
+        two.clock.now = wakeup
+        two.shrink()
+        if sum(held(made)) <= floor:
+            break
+    assert sum(held(made)) <= floor
+    if not under_way.ended:
+        under_way.cancel(perform=False)
+    check(made)
 
 
 def test_the_share_alone() -> None:

@@ -17,6 +17,7 @@ from typing import Final
 import numpy as np
 import numpy.ma  # np.unique would import it at its first call: 17 ms under the lock
 
+from vswapd.budget import WriteBudget
 from vswapd.clusters import Clusters
 from vswapd.control import Control
 from vswapd.groups import Group, Groups, Space
@@ -49,18 +50,18 @@ from vswapd_backends.swapdev import SwapDevices
 from vswapd_backends.zpool import ZPool
 from vswapd_backends.zswap import Zswap
 
-_DAY: Final = 86400.0
 _WITH_ENTRIES: Final = frozenset({int(Tag.ZSWAP), int(Tag.PHYS)})
 
 
 class Core:
-    """Table, clusters, pools, devices, groups, counters, and the clock."""
+    """Table, clusters, pools, devices, groups, counters, and the clocks."""
 
     def __init__(
         self,
         settings: Settings,
         memory: ShardMemory,
         clock: Callable[[], float],
+        wall: Callable[[], float],
         ledger: Ledger,
     ) -> None:
         self.settings = settings
@@ -88,12 +89,9 @@ class Core:
         """Allocated slots by tag; [FREE] is meaningless."""
         self.pool_was_full = False
         """The pool refused, and has not been at or below the accept threshold since."""
-        self._budget_day = head.item(Head.BUDGET_DAY) - 1.0
         self.pressure: Final = Pressure(clock)
         self.look()
-        self._budget_used = head.item(Head.BUDGET_USED)
-        self.budget_pending = 0
-        """Bytes of writes that are under way, and not spent yet."""
+        self.budget: Final = WriteBudget(head, ledger, clock, wall)
 
     # Words
 
@@ -346,35 +344,12 @@ class Core:
 
     def budget_left(self) -> int | None:
         """Bytes that may still be written back today; None: any number."""
-        if not self.settings.write_budget:
-            return None
-        day = self.clock() // _DAY
-        if day != self._budget_day:
-            self._budget_day = day
-            self._budget_used = 0
-        used = self._budget_used + self.budget_pending
-        return max(0, self.settings.write_budget - used - self.ledger.budget_of_others(int(day)))
+        most = self.settings.write_budget
+        return self.budget.left(most) if most else None
 
     def spend(self, written: int) -> None:
         """Count bytes that were written to a device against today's budget."""
-        self.budget_left()
-        self._budget_used += written
-        if self.settings.write_budget:
-            head = self.control.head
-            # Without its day, for a moment: rather too little than too much is counted.
-            head[Head.BUDGET_DAY] = 0
-            head[Head.BUDGET_USED] = self._budget_used
-            head[Head.BUDGET_DAY] = int(self._budget_day) + 1
-        self.enter_budget()
-
-    def enter_budget(self) -> None:
-        """Tell the other shards what this one has written today, and is writing.
-
-        They look before they begin to write: what several begin in the same moment may pass the
-        budget by one operation each.
-        """
-        self.ledger.enter(Column.BUDGET_DAY, int(self._budget_day))
-        self.ledger.enter(Column.BUDGET, self._budget_used + self.budget_pending)
+        self.budget.spend(written, bounded=self.settings.write_budget > 0)
 
     @property
     def saved_bytes(self) -> int:

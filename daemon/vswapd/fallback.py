@@ -125,12 +125,12 @@ class Fallback:
         if left is not None and most > left:
             return Stop.WRITE_BUDGET
         self._busy.add(stream)
-        core.budget_pending += most
-        core.enter_budget()
+        core.budget.pending += most
+        core.budget.enter()
         try:
             return (yield from self._write_portions(stream, numbers, compressed, done))
         finally:
-            core.budget_pending -= most
+            core.budget.pending -= most
             self._writeback.account(Cause.FALLBACK, done.written)
             self._busy.discard(stream)
 

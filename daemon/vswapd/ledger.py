@@ -165,6 +165,14 @@ class Ledger:
         same[self.shard] = False
         return int(used[same].sum())
 
+    def latest_budget_day(self) -> int:
+        """The latest day on which another shard has written back; 0: there is none."""
+        if self._rows is None:
+            return 0
+        days = self._rows[_HEAD:, Column.BUDGET_DAY].copy()
+        days[self.shard] = 0
+        return int(days.max())
+
     def columns_of(self, group: str) -> tuple[int, int] | None:
         """A group's columns: bytes in pools, bytes on devices. None: it is not shared."""
         if self._rows is None:

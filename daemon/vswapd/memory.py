@@ -131,6 +131,8 @@ class Head:
     BUDGET_USED: Final = 9
     DEVICES: Final = 10
     """Records of devices in use are below it."""
+    BUDGET_BEGUN: Final = 11
+    """Milliseconds of the engine's clock at which that day began."""
 
 
 class ShardMemory:

@@ -138,7 +138,7 @@ def recover(core: Core, reopen: Reopen) -> None:
         _attach(core, kept, sums.extents[kept.index], reopen)
     _trim_table(core)
     core.enter_all()
-    core.enter_budget()
+    core.budget.enter()
 
 
 def _spaces(core: Core) -> dict[int, Space]:

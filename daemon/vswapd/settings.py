@@ -67,7 +67,7 @@ class Settings:
     idle_age: float = 0.0
     """Seconds after which a page that was not loaded is written back anyway; 0: never."""
     write_budget: int = 0
-    """Bytes per day (of the engine's clock) that writeback may put on devices; 0: no bound."""
+    """Bytes per day (see `budget`) that writeback may put on devices; 0: no bound."""
     groups: Mapping[str, GroupLimits] = field(default_factory=lambda: MappingProxyType({}))
     """By group name: the peer's uid in decimal."""
     default_group: GroupLimits = NO_LIMITS

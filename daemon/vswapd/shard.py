@@ -4,6 +4,7 @@ A daemon is one shard in one process, or several of them behind a supervisor.
 
 Invariants:
 - What was started is stopped in the reverse order: connections first, the engine's workers last.
+- It is here that the engine gets its clocks: one for ages, and the machine's for days.
 
 This module must not know where connections come from, the service manager, or concrete devices.
 """
@@ -58,15 +59,12 @@ when it has been read, when it was answered."""
 
 
 def clock() -> float:
-    """Seconds: those of the day at the first call, and from then on without leaps.
+    """Seconds since the machine started, asleep or not: the same for every process of it.
 
-    Days of it are days of UTC, which write budgets want; a clock that somebody sets would make
-    pages idle for years, or give a day's budget twice.
+    Ages are kept by it. What is kept never outlives the machine, and a clock that somebody sets
+    would make pages idle at once, or for years not.
     """
-    return _CLOCK_BASE + time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-_CLOCK_BASE: Final = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 Reopen = Callable[[KeptDevice], tuple[Opened, ExtentMap | None] | None]
@@ -95,11 +93,12 @@ def _engine(
 ) -> tuple[Engine, dict[str, Opened]]:
     """An engine, and the devices that it has in use already, by path."""
     if kept is None:
-        return Engine.create(settings, clock, ledger=ledger), {}
+        return Engine.create(settings, clock, wall=time.time, ledger=ledger), {}
     # A name of its own: what follows must see that it is not None.
     reopen = kept.reopen
     if reopen is None:
-        return Engine.create(settings, clock, ledger=ledger, memory=kept.memory), {}
+        memory = kept.memory
+        return Engine.create(settings, clock, wall=time.time, ledger=ledger, memory=memory), {}
     devices: dict[str, Opened] = {}
 
     def open_again(device: KeptDevice) -> tuple[BlockDevice, ExtentMap | None] | None:
@@ -111,7 +110,9 @@ def _engine(
         devices[device.path] = opened
         return opened.device, extents
 
-    engine = Engine.recover(settings, clock, ledger=ledger, memory=kept.memory, reopen=open_again)
+    engine = Engine.recover(
+        settings, clock, wall=time.time, ledger=ledger, memory=kept.memory, reopen=open_again
+    )
     return engine, devices
 
 

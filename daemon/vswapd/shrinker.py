@@ -39,7 +39,6 @@ from vswapd.share import Share
 from vswapd.writeback import Cause, Stop, Writeback
 from vswapd_backends.base import I64, SEGMENT_BYTES, Operation
 
-_DAY: Final = 86400.0
 _SPARE_AGE: Final = 1.0
 """Seconds that freed pool memory is kept for reuse before it goes back to the system."""
 _RETRY_S: Final = 60
@@ -195,7 +194,7 @@ class Shrinker:
         settings, now = self._core.settings, self._core.clock()
         stop = self._writeback.obstacle()
         if stop is Stop.WRITE_BUDGET:
-            return [(now // _DAY + 1) * _DAY]
+            return [self._core.budget.renews_at()]
         if stop is not None:
             return []
         if self._held_back:

@@ -89,11 +89,12 @@ class Engine:
         settings: Settings,
         memory: ShardMemory,
         clock: Callable[[], float],
+        wall: Callable[[], float] | None,
         ledger: Ledger,
     ) -> None:
         """Over memory in which nothing is kept yet; see `create` and `recover`."""
         try:
-            self.core: Final = Core(settings, memory, clock, ledger)
+            self.core: Final = Core(settings, memory, clock, wall or clock, ledger)
         except UnknownCodecError as error:
             raise ArgumentError(str(error)) from None
         self._admission: Final = Admission(self.core)
@@ -118,6 +119,7 @@ class Engine:
         settings: Settings,
         clock: Callable[[], float],
         *,
+        wall: Callable[[], float] | None = None,
         arena_bytes: int | None = None,
         ledger: Ledger | None = None,
         memory: ShardMemory | None = None,
@@ -126,7 +128,9 @@ class Engine:
 
         Args:
             settings: what it starts with.
-            clock: seconds; only differences and days of it are used.
+            clock: seconds, without leaps; only differences of it are used.
+            wall: seconds since 1970, UTC, of which only days are used, for the write budget. It may
+                leap, forwards and back. None: days are the clock's.
             arena_bytes: see `shape_for`.
             ledger: what it shares limits through; by default it is alone.
             memory: what nothing is kept in yet; None: made here.
@@ -134,7 +138,7 @@ class Engine:
         ledger = ledger or Ledger()
         if memory is None:
             memory = ShardMemory.create(shape_for(settings, ledger.shard, arena_bytes))
-        return cls(settings=settings, memory=memory, clock=clock, ledger=ledger)
+        return cls(settings=settings, memory=memory, clock=clock, wall=wall, ledger=ledger)
 
     @classmethod
     def recover(
@@ -144,6 +148,7 @@ class Engine:
         *,
         memory: ShardMemory,
         reopen: Reopen,
+        wall: Callable[[], float] | None = None,
         ledger: Ledger | None = None,
     ) -> Engine:
         """An engine that goes on where another one has ended, wherever that was.
@@ -152,9 +157,10 @@ class Engine:
 
         Args:
             settings: what it starts with. `max_slots` is the memory's.
-            clock: one that goes on where the other's ended, as far as that matters to anybody.
+            clock: the one that the other had, or pages would grow old too early, or never.
             memory: what the other one has left.
             reopen: opens its devices again.
+            wall: as of `create`.
             ledger: what it shares limits through; by default it is alone.
 
         Raises:
@@ -163,7 +169,9 @@ class Engine:
         """
         settings = dataclasses.replace(settings, max_slots=memory.shape.max_slots)
         refuse_small_arena(settings, memory.pool.size)
-        engine = cls(settings=settings, memory=memory, clock=clock, ledger=ledger or Ledger())
+        engine = cls(
+            settings=settings, memory=memory, clock=clock, wall=wall, ledger=ledger or Ledger()
+        )
         recover(engine.core, reopen)
         return engine
 

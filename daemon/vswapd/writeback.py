@@ -367,13 +367,13 @@ class Writeback:
     def _budgeted(self, size: int) -> Iterator[None]:
         """Let others know of bytes that are about to be written, and the budget."""
         core = self._core
-        core.budget_pending += size
-        core.enter_budget()
+        core.budget.pending += size
+        core.budget.enter()
         try:
             yield
         finally:
-            core.budget_pending -= size
-            core.enter_budget()
+            core.budget.pending -= size
+            core.budget.enter()
 
     def account(self, cause: Cause, size: int) -> None:
         """Count bytes that were written to a device under their cause, and against the budget."""

@@ -62,7 +62,7 @@ EVENTS: Final = (
     *("read error", "write error", "write to a full disk", "torn write", "flipped bit"),
     *("damage read", "a request in the air for long", "a request overtaken", "a device dies"),
     *("a kill", "a write cut off by a kill", "a device is gone after a kill", "a page lost"),
-    *("an operation cancelled", "a wrong slot refused", "extents in use again"),
+    *("an operation cancelled", "a wrong slot refused", "extents in use again", "the clock set"),
     *("swapon", "swapoff", "swapoff failed", "a bad block", "a page given up"),
     *(f"rejected: {reason.word}" for reason in Reason),
     *(f"shrinker: {doing}" for doing in Doing if doing is not Doing.IDLE),
@@ -502,6 +502,14 @@ class World:
                 self._verify()
             case _:
                 self.rig.clock.advance(self.chooser.choice([1, 1, 1, 70, 70, 70, 4000, DAY]))
+                self._set_clock()
+
+    def _set_clock(self) -> None:
+        """Somebody sets the machine's clock, mostly not."""
+        by = self.chooser.choice([0] * 12 + [-4000, 4000, -DAY, DAY, -900 * DAY, 900 * DAY])
+        if by:
+            self.rig.clock.set_by += by
+            self.happened["the clock set"] += 1
 
     def _shrink(self) -> None:
         """As its thread does: count, then scan, or sleep until a time that is still to come."""
@@ -611,7 +619,7 @@ class World:
         """Another shard grows, shrinks, or writes, of what is limited for all together."""
         if self._neighbour is None:
             return
-        day = int(self.rig.clock() // DAY)
+        day = int(self.rig.clock.wall() // DAY)
         pool = self.rig.engine.core.settings.pool_max
         self._neighbour.enter(Column.POOL, self.chooser.choice([0, pool // 4, pool // 2]))
         self._neighbour.enter(Column.BUDGET_DAY, self.chooser.choice([day, day - 1]))
@@ -790,7 +798,7 @@ class World:
         assert not any(device.used_bytes for device in picture.devices)
         assert not any(device.pins.any() for device in core.devices)
         assert all(group.device_pending == 0 for group in core.groups)
-        assert core.budget_pending == 0
+        assert core.budget.pending == 0
         self.happened["a request overtaken"] += self.scheduler.overtaken
 
     def _compare_slots(self, client: Client) -> None:

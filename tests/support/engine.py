@@ -108,9 +108,15 @@ class Clock:
 
     def __init__(self, now: float = 1000.0) -> None:
         self.now = now
+        self.set_by = 0.0
+        """By how much somebody has set the wall clock; negative: back."""
 
     def __call__(self) -> float:
         return self.now
+
+    def wall(self) -> float:
+        """The machine's clock, which shows the same until it is set."""
+        return self.now + self.set_by
 
     def advance(self, seconds: float) -> None:
         self.now += seconds
@@ -279,7 +285,12 @@ class Rig:
         settings, ledger = core.settings, core.ledger
         memory = ShardMemory.adopt({kind: os.dup(fd) for kind, fd in core.memory.fds.items()})
         self.engine = Engine.recover(
-            settings, self.clock, memory=memory, reopen=self.reopen, ledger=ledger
+            settings,
+            self.clock,
+            wall=self.clock.wall,
+            memory=memory,
+            reopen=self.reopen,
+            ledger=ledger,
         )
 
     def reopen(self, kept: KeptDevice) -> tuple[BlockDevice, None] | None:
@@ -420,7 +431,7 @@ def make_engine(
     clock = clock or Clock()
     settings.setdefault("max_slots", 1 << 16)
     chosen = Settings(pool_max=pool_max, **settings)
-    engine = Engine.create(chosen, clock, arena_bytes=arena_bytes, ledger=ledger)
+    engine = Engine.create(chosen, clock, wall=clock.wall, arena_bytes=arena_bytes, ledger=ledger)
     rig = Rig(engine, clock, make_device=make_device)
     for extents in devices:
         rig.swapon(extents)

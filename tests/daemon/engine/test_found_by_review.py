@@ -169,7 +169,7 @@ def test_folios_that_go_straight_to_a_device_share_the_write_budget() -> None:
     assert second.result.reason is Reason.WRITE_BUDGET
     assert first.finish().reason is None
     assert rig.engine.core.stats.fallback_bytes <= 3 * MIB
-    assert rig.engine.core.budget_pending == 0
+    assert rig.engine.core.budget.pending == 0
 
 
 @pytest.mark.parametrize("pages", [1, 60, 700])

@@ -95,7 +95,7 @@ class Storm:
         for group in core.groups:
             assert limit is None or group.device_bytes <= limit
             assert group.device_pending >= 0
-        assert core.budget_pending >= 0
+        assert core.budget.pending >= 0
 
     # Clients
 
@@ -287,7 +287,7 @@ class Storm:
         assert not any(device.pins.any() for device in self.rig.engine.core.devices)
         assert not self.rig.engine.core.zswap._pins.any()
         assert all(group.device_pending == 0 for group in self.rig.engine.core.groups)
-        assert self.rig.engine.core.budget_pending == 0
+        assert self.rig.engine.core.budget.pending == 0
 
 
 WEATHERS: Final = {

@@ -58,7 +58,7 @@ def test_two_that_wait_for_the_same_discards_keep_the_write_budget() -> None:
     rig.free(space, old)
     device = rig.devices[0]
     written = device.written
-    rig.engine.core._budget_used = 0
+    rig.engine.core.budget._used = 0
     rig.set(write_budget=SEGMENT_BYTES)
     tasks = [start(rig.engine.writeback(1)) for _ in range(2)]
     for task in tasks:
@@ -83,7 +83,7 @@ def test_a_mistake_raised_into_write_back_ends_its_flights_at_once() -> None:
         operation.throw(MemoryError())
     assert caught.tb is not None
     assert not rig.engine.core.zswap._pins.any()
-    assert rig.engine.core.budget_pending == 0
+    assert rig.engine.core.budget.pending == 0
 
 
 def test_whole_segments_survive_a_neighbour_that_is_faster() -> None:

@@ -7,6 +7,7 @@ the kind that is wanted, of a layout version that is known, and of the size that
 
 Invariants:
 - Nothing is changed by looking.
+- A label that is changed later (`relabel`) is changed whole, whenever the process is killed.
 - The version is judged before all that follows it: that may mean something else in another one.
 
 This module must not know what any kind of memory holds.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,13 +69,20 @@ def adopt_region(label: Label, fd: int) -> SharedRegion:
     return SharedRegion(f"vswapd-{label.kind}", label.size, fd=fd, label=label.pack())
 
 
-def find_label(kind: str, version: int, fd: int) -> Label:
+def relabel(label: Label, fd: int) -> None:
+    """Say from now on something else of a file that has a label; the size is the same."""
+    # One write within one page: no signal ends it in the middle.
+    os.pwrite(fd, label.pack(), label.size)
+
+
+def find_label(kind: str, version: int, fd: int, *, older: Collection[int] = ()) -> Label:
     """What a descriptor's file says of itself.
 
     Args:
         kind: what it should be.
         version: the layout version that is known.
         fd: stays the caller's.
+        older: earlier ones that are known, too: to be converted.
 
     Raises:
         ForeignMemoryError: it is something else, or of another version; the text says which.
@@ -86,11 +95,13 @@ def find_label(kind: str, version: int, fd: int) -> Label:
     if len(page) < _LABEL.size + _CHECK.size or not page.startswith(_MAGIC):
         raise ForeignMemoryError(f"{kind}: this is no memory of a vswapd")
     _, found, said, life, stated, details = _LABEL.unpack_from(page)
-    if found != version:
+    if found != version and found not in older:
+        known = " and ".join(map(str, sorted({*older, version})))
         raise ForeignMemoryError(
             f"{kind}: this is memory of layout version {found}, and this vswapd knows version "
-            f"{version} only: it was left alone. Start the version that made it, or stop the "
-            "service for good (its pages are lost then) before this one is started"
+            f"{known} only: it was left alone, with all pages. Install the vswapd again that made "
+            "it, and restart the service, to have them; or stop the service for good (its pages "
+            "are lost then) before this one is started"
         )
     (check,) = _CHECK.unpack_from(page, _LABEL.size)
     good = check == zlib.crc32(page[: _LABEL.size]) and stated == size

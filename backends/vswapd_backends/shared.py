@@ -8,7 +8,7 @@ Invariants:
   into SIGBUS (see memfd_create(2), F_SEAL_SHRINK).
 - It is left out of core dumps: it holds other programs' memory.
 - A label, where there is one, is the file's last page, behind the region: what stands in the region
-  keeps its alignment and its addresses. It is written once, before anything else.
+  keeps its alignment and its addresses. It is written before anything else.
 
 This module must not know what stands in a region.
 """

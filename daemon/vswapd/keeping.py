@@ -5,34 +5,48 @@
     extents-HASH   which shard has which chunk of a device, of several
     life           that there is all of it; sent last
 
+What an earlier version has left is converted (see `upgrades`). The copy of a region that is of
+version V has the region's name and .V behind it, and is kept beside the original until the life's
+label says the new version. That is one write: before it the copies are nothing, and the original
+is what it was; after it the original is nothing. So nobody who is killed in between loses anything,
+and an older daemon that is started again before that goes on as if nothing had happened.
+
 Invariants:
 - What is kept is complete before a client is served: without `life` nobody has stored anything.
 - Of one life no two processes are at work: who goes on with it waits until the last has ended.
-- What another version has left, or what is not whole, is refused, and left where it is.
+- What cannot be converted, or is not whole, is refused, and left where it is.
 
 This module must not know what the memory holds, or who serves from it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import logging
 import os
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
 
 from vswapd.ledger import adopt_shared_region, shared_region
 from vswapd.memory import KINDS, Shape, ShardMemory
-from vswapd_backends.label import LIFE_BYTES, ForeignMemoryError, Label, find_label, make_region
+from vswapd.upgrades import LIFE_VERSION, LIVES, Moment, converted
+from vswapd_backends.label import (
+    LIFE_BYTES,
+    ForeignMemoryError,
+    Label,
+    find_label,
+    make_region,
+    relabel,
+)
 from vswapd_backends.shared import SYSTEM_PAGE, SharedRegion
 
 _LOG: Final = logging.getLogger(__name__)
-LAYOUT_VERSION: Final = 1
 _DETAILS: Final = struct.Struct("<I")
 _LIFE: Final = "life"
 _LEDGER: Final = "ledger"
@@ -81,15 +95,22 @@ class Life:
         Raises:
             KeepingError: one does not end.
         """
-        end = time.monotonic() + _LAST_BREATH_S
-        for memory in self.memories:
-            while not _hold(memory):
-                if time.monotonic() > end:
-                    raise KeepingError(
-                        f"shard {memory.shape.shard} of an earlier daemon is still at work: end it"
-                    )
-                time.sleep(0.01)  # nothing is served yet
-            fcntl.lockf(memory.state.fd, fcntl.LOCK_UN)
+        _wait_for_the_last([memory.state.fd for memory in self.memories])
+
+
+def _wait_for_the_last(states: Sequence[int]) -> None:
+    """Wait until no process is at work on the memory of shards, by the descriptors of their state.
+
+    Raises:
+        KeepingError: one does not end.
+    """
+    end = time.monotonic() + _LAST_BREATH_S
+    for shard, fd in enumerate(states):
+        while not _hold(fd):
+            if time.monotonic() > end:
+                raise KeepingError(f"shard {shard} of an earlier daemon is still at work: end it")
+            time.sleep(0.01)  # nothing is served yet
+        fcntl.lockf(fd, fcntl.LOCK_UN)
 
 
 def claim(memory: ShardMemory) -> None:
@@ -98,14 +119,14 @@ def claim(memory: ShardMemory) -> None:
     Raises:
         KeepingError: another process is.
     """
-    if not _hold(memory):
+    if not _hold(memory.state.fd):
         raise KeepingError(f"shard {memory.shape.shard} is another process's: end that one")
 
 
-def _hold(memory: ShardMemory) -> bool:
-    """Lock a record of the memory's file: the lock goes with this process, however it ends."""
+def _hold(state: int) -> bool:
+    """Lock a record of the state's file: the lock goes with this process, however it ends."""
     try:
-        fcntl.lockf(memory.state.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(state, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in {errno.EACCES, errno.EAGAIN}:
             return False
@@ -119,12 +140,15 @@ class Keeping:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._found = keeper.take_kept()
+        """Descriptors by region, once `found` has chosen; by name before."""
+        self._names: dict[str, str] = {}
+        """What regions are kept as whose name is another."""
 
     def found(self) -> Life | None:
         """The life that an earlier process has left; None: there was none. To be asked once.
 
         Raises:
-            KeepingError: it is another version's, or not whole; it is left where it is.
+            KeepingError: it is not whole, or cannot be converted; it is left where it is.
         """
         if _LIFE not in self._found:
             # Whoever began to keep this died before it served anybody.
@@ -132,19 +156,78 @@ class Keeping:
                 self._drop(name)
             return None
         try:
-            return self._adopt()
+            life = find_label("life", LIFE_VERSION, self._found[_LIFE], older=LIVES.keys())
+            (shards,) = _DETAILS.unpack_from(life.details)
+            self._choose(LIVES[life.version])
+            self._refuse_a_part(shards)
+            if life.version != LIFE_VERSION:
+                self._convert(life, shards)
+            return self._adopt(shards)
         except ForeignMemoryError as error:
             raise KeepingError(f"what an earlier daemon has left: {error}") from None
 
-    def _adopt(self) -> Life:
-        life = find_label("life", LAYOUT_VERSION, self._found[_LIFE])
-        (shards,) = _DETAILS.unpack_from(life.details)
+    def _refuse_a_part(self, shards: int) -> None:
         missing = [name for name in _names(shards) if name not in self._found]
         if missing:
             raise ForeignMemoryError(
                 f"{', '.join(missing)} did not come back: raise FileDescriptorStoreMax, and stop "
                 "the service for good (its pages are lost then) before it is started"
             )
+
+    def _choose(self, versions: Mapping[str, int]) -> None:
+        """Of a region and copies of it, go on with the one that a life of these versions has."""
+        for name in sorted(self._found):
+            region, _, version = name.partition(".")
+            if not version:
+                continue
+            if version == str(versions[_kind(region)]):
+                if region in self._found:
+                    self._drop(region)
+                self._found[region] = self._found.pop(name)
+                self._names[region] = name
+            else:
+                self._drop(name)
+
+    def _convert(self, life: Label, shards: int) -> None:
+        """Make everything of an earlier version what this one knows."""
+        begin, before = time.monotonic(), LIVES[life.version]
+        labels = {
+            region: find_label(_kind(region), before[_kind(region)], fd)
+            for region, fd in self._found.items()
+            if region != _LIFE
+        }
+        # Else what has been copied might still be changed.
+        _wait_for_the_last([self._found[_name(shard, "state")] for shard in range(shards)])
+        moment = Moment(clock=time.clock_gettime(time.CLOCK_BOOTTIME), wall=time.time())
+        copies: dict[str, int] = {}
+        try:
+            for region, label in labels.items():
+                version = LIVES[LIFE_VERSION][label.kind]
+                copy = converted(self._found[region], label, version, moment)
+                if copy is not None:
+                    copies[region] = copy
+                    self._keep(_copy(region, version), copy)
+            relabel(dataclasses.replace(life, version=LIFE_VERSION), self._found[_LIFE])
+        except (OSError, KeepingError, ForeignMemoryError) as error:
+            for region, fd in copies.items():
+                os.close(fd)
+                self._keeper.let_go(_copy(region, LIVES[LIFE_VERSION][_kind(region)]))
+            why = error.strerror if isinstance(error, OSError) else error
+            raise KeepingError(
+                f"what an earlier daemon has left is of layout {life.version}, and cannot be made "
+                f"into layout {LIFE_VERSION}: {why}. It was left alone, with all pages: see to "
+                "that, or install the vswapd again that made it, and restart the service"
+            ) from None
+        for region, fd in copies.items():
+            self._drop(region)
+            self._found[region] = fd
+            self._names[region] = _copy(region, LIVES[LIFE_VERSION][_kind(region)])
+        took = time.monotonic() - begin
+        _LOG.info(
+            "what was kept is of layout %d now, not %d: %.2f s", LIFE_VERSION, life.version, took
+        )
+
+    def _adopt(self, shards: int) -> Life:
         memories = []
         for shard in range(shards):
             names = {kind: _name(shard, kind) for kind in KINDS}
@@ -168,7 +251,7 @@ class Keeping:
         shards = len(life.memories)
         label = Label(
             kind="life",
-            version=LAYOUT_VERSION,
+            version=LIFE_VERSION,
             life=os.urandom(LIFE_BYTES),
             size=SYSTEM_PAGE,
             details=_DETAILS.pack(shards),
@@ -211,7 +294,7 @@ class Keeping:
 
     def forget_owners(self, path: str) -> None:
         """The device is in use no more."""
-        self._keeper.let_go(_owners(path))
+        self._let_go(_owners(path))
 
     def forget_the_rest(self) -> None:
         """What an earlier process has left and nobody has asked for is of no use."""
@@ -220,7 +303,10 @@ class Keeping:
 
     def _drop(self, name: str) -> None:
         os.close(self._found.pop(name))
-        self._keeper.let_go(name)
+        self._let_go(name)
+
+    def _let_go(self, region: str) -> None:
+        self._keeper.let_go(self._names.pop(region, region))
 
 
 def _names(shards: int) -> list[str]:
@@ -231,6 +317,17 @@ def _names(shards: int) -> list[str]:
 
 def _name(shard: int, kind: str) -> str:
     return f"{shard}-{kind}"
+
+
+def _kind(region: str) -> str:
+    """What kind of memory a region is of, by its name."""
+    first, _, second = region.partition("-")
+    return second if first.isdecimal() else first
+
+
+def _copy(region: str, version: int) -> str:
+    """The name of a region's copy that is of another version than the original."""
+    return f"{region}.{version}"
 
 
 def _owners(path: str) -> str:

@@ -12,7 +12,7 @@ version, and which others it belongs to.
 Invariants:
 - Memory of another layout version, or that is not one shard's whole memory, is refused before
   anything of it is mapped or changed; the descriptors stay open, and the caller's.
-- LAYOUT_VERSION rises with every change of what stands in the table, the pool, or the state.
+- The version of a kind rises with every change of what stands in it (see `upgrades`).
 - A shape, which never changes, says where everything is.
 
 This module must not know what the parts are used for.
@@ -24,6 +24,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 import numpy as np
@@ -54,7 +55,9 @@ from vswapd_backends.swapdev import MAX_DEVICES
 from vswapd_backends.zpool import segments_in
 from vswapd_backends.zswap import MOST_POOLS, SPEC_BYTES
 
-LAYOUT_VERSION: Final = 2
+VERSIONS: Final[Mapping[str, int]] = MappingProxyType({"table": 2, "pool": 2, "state": 3})
+"""Of the layout of each kind."""
+KINDS: Final = tuple(VERSIONS)
 _DETAILS: Final = struct.Struct("<IQQ")
 
 MOST_SPACES: Final = 1 << 16
@@ -93,9 +96,6 @@ class Shape:
             "pool": self.segments * SEGMENT_BYTES,
             "state": sum(_areas(self).values()),
         }
-
-
-KINDS: Final = ("table", "pool", "state")
 
 
 def _areas(shape: Shape) -> dict[str, int]:
@@ -146,7 +146,7 @@ class ShardMemory:
         details = _DETAILS.pack(shape.shard, shape.max_slots, shape.segments)
         regions = {}
         for kind, size in shape.sizes.items():
-            label = Label(kind=kind, version=LAYOUT_VERSION, life=life, size=size, details=details)
+            label = Label(kind=kind, version=VERSIONS[kind], life=life, size=size, details=details)
             regions[kind] = make_region(label) if fds is None else adopt_region(label, fds[kind])
         self.table: Final = regions["table"]
         self.pool: Final = regions["pool"]
@@ -177,7 +177,7 @@ class ShardMemory:
             raise ForeignMemoryError(
                 f"a shard's memory is {', '.join(KINDS)}; there are {', '.join(fds) or 'none'}"
             )
-        labels = {kind: find_label(kind, LAYOUT_VERSION, fd) for kind, fd in fds.items()}
+        labels = {kind: find_label(kind, VERSIONS[kind], fd) for kind, fd in fds.items()}
         first = labels["table"]
         shard, max_slots, segments = _DETAILS.unpack_from(first.details)
         shape = Shape(shard=shard, max_slots=max_slots, segments=segments)

@@ -28,8 +28,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from support.daemon import DEADLINE_S, daemon_environment
+from support.daemon import DEADLINE_S, SOURCE_ROOTS, daemon_environment
 from support.process_groups import kill_group
+from support.sources import REPOSITORY
 
 _MOST_FDS = 16
 _EXEC = """
@@ -44,15 +45,18 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
 
 _SET_CLOCK = """
-import runpy, sys, time
-by = float(sys.argv.pop(1))
+import time
+by = {by}
 now, now_ns, of = time.time, time.time_ns, time.clock_gettime
 time.time = lambda: now() + by
 time.time_ns = lambda: now_ns() + int(by * 1e9)
 time.clock_gettime = lambda clock: of(clock) + by * (clock == time.CLOCK_REALTIME)
-runpy.run_module("vswapd", run_name="__main__", alter_sys=True)
 """
 """The machine's clock is everybody's, so the process is told another time instead."""
+_RUN = """
+import runpy
+runpy.run_module("vswapd", run_name="__main__", alter_sys=True)
+"""
 
 
 class ServiceManager:
@@ -67,6 +71,10 @@ class ServiceManager:
         self.keeps = keeps
         self.clock_set_by = 0.0
         """Seconds by which the next daemon's wall clock differs from the machine's."""
+        self.first = ""
+        """What the next daemon's process does before anything else, in Python."""
+        self.sources = REPOSITORY
+        """Where the next daemon's sources are: those of another version, perhaps."""
         self.most = 512
         """How many descriptors are kept."""
         self.kept: dict[str, int] = {}
@@ -137,6 +145,7 @@ class ServiceManager:
         environment = {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
             "XDG_RUNTIME_DIR": str(self.directory),
+            "PYTHONPATH": os.pathsep.join(str(self.sources / root.name) for root in SOURCE_ROOTS),
             "LISTEN_FDS": str(len(fds)),
             "LISTEN_FDNAMES": ":".join(["vswapd.socket", *names]),
         }
@@ -144,10 +153,10 @@ class ServiceManager:
             environment["FDSTORE"] = str(self.most)
         command = [sys.executable, "-c", _EXEC, ",".join(map(str, fds))]
         command += ["-W", "error"]
+        first = self.first
         if self.clock_set_by:
-            command += ["-c", _SET_CLOCK, str(self.clock_set_by), "serve"]
-        else:
-            command += ["-m", "vswapd", "serve"]
+            first += _SET_CLOCK.format(by=self.clock_set_by)
+        command += ["-c", first + _RUN, "serve"] if first else ["-m", "vswapd", "serve"]
         command += [f"--set={setting}" for setting in self.settings]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(

@@ -27,6 +27,7 @@ from support.mortal import mortal
 from support.service_manager import ServiceManager, service
 from support.wire import HELLO, SPACE_LOST, Wire
 from vswap.control import Control
+from vswapd.upgrades import LIFE_VERSION
 from vswapd_backends.label import find_label
 from vswapd_backends.shared import SYSTEM_PAGE
 
@@ -386,7 +387,7 @@ def test_what_was_not_kept_as_a_whole_is_dropped(manager: ServiceManager) -> Non
     os.close(manager.kept.pop("kept-life"))
     old = {name: os.fstat(fd).st_ino for name, fd in manager.kept.items()}
     manager.start()
-    assert find_label("life", 1, manager.kept["kept-life"])
+    assert find_label("life", LIFE_VERSION, manager.kept["kept-life"])
     assert all(os.fstat(manager.kept[name]).st_ino != inode for name, inode in old.items())
 
 

@@ -1,0 +1,104 @@
+"""Versions of vswapd, and clients of them.
+
+`tests/upgrade/PREVIOUS` names the last commit that CI passed: what is out there, and is upgraded.
+
+This module must not know what an upgrade does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.daemon import DEADLINE_S, SOURCE_ROOTS, daemon_environment
+from support.sources import REPOSITORY
+
+PREVIOUS = REPOSITORY / "tests/upgrade/PREVIOUS"
+_PROGRAM = Path(__file__).with_name("client_program.py")
+
+
+def git(*arguments: str) -> bytes:
+    """What git says in the repository.
+
+    A tree without history skips the test, which CI does not accept.
+    """
+    command = ["git", "-C", str(REPOSITORY), "-c", f"safe.directory={REPOSITORY}", *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", b"").decode().strip() or error
+        pytest.skip(f"the previous version comes from git's history: {why}")
+
+
+def previous_sources(directory: Path) -> Path:
+    """The sources of the previous version, put into a directory."""
+    commit = PREVIOUS.read_text().strip()
+    with tarfile.open(fileobj=BytesIO(git("archive", commit, *_roots()))) as archive:
+        archive.extractall(directory, filter="data")
+    return directory
+
+
+def _roots() -> list[str]:
+    return [root.name for root in SOURCE_ROOTS]
+
+
+def python_path(sources: Path) -> str:
+    """PYTHONPATH for the version that lies there."""
+    return os.pathsep.join(str(sources / name) for name in _roots())
+
+
+class Program:
+    """A client in a process of its own; see client_program."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def tell(self, do: str, **rest: Any) -> Any:
+        """Have it do something; returns its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": do, **rest}) + "\n")
+        self._process.stdin.flush()
+        said = json.loads(self._process.stdout.readline())
+        assert "failed" not in said, said["failed"]
+        return said["ok"]
+
+    def call(self, verb: str, **arguments: Any) -> dict[str, Any]:
+        """Ask an operator's verb of the daemon."""
+        found: dict[str, Any] = self.tell("call", verb=verb, arguments=arguments)
+        return found
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's status."""
+        found: dict[str, Any] = self.tell("status")
+        return found
+
+
+@contextlib.contextmanager
+def program(socket_path: Path, sources: Path) -> Iterator[Program]:
+    """A client of the version that lies in `sources`."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", str(_PROGRAM), str(socket_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=daemon_environment({"PYTHONPATH": python_path(sources)}),
+    )
+    try:
+        with process:
+            yield Program(process)
+            assert process.stdin is not None
+            process.stdin.close()
+            assert process.wait(DEADLINE_S) == 0
+    finally:
+        process.kill()

@@ -126,13 +126,18 @@ class ServiceManager:
     def start(self) -> None:
         """Start a daemon with what is kept, and wait until it is ready."""
         self.launch()
+        assert self.becomes_ready(), f"it ended:\n{self.log}"
+
+    def becomes_ready(self) -> bool:
+        """Wait until the daemon is ready, or has ended; returns which."""
         assert self.process is not None
         with self._news:
             while not self._ready:
-                ended = self.process.poll()
-                assert ended is None, f"it ended with {ended}:\n{self.log}"
+                if self.process.poll() is not None:
+                    return False
                 assert self._thread.is_alive(), "nobody listens to it any more"
                 self._news.wait(0.1)
+        return True
 
     def launch(self) -> None:
         """Start a daemon with what is kept; the last one's process has ended, or is about to."""

@@ -59,6 +59,10 @@ class KeepingError(Exception):
     """What was kept cannot be gone on with, or nothing can be kept; the text says what to do."""
 
 
+class RefusedError(KeepingError):
+    """What an earlier process has left cannot be gone on with. It is left where it is."""
+
+
 class Keeper(Protocol):
     """Whoever outlives this process."""
 
@@ -148,7 +152,8 @@ class Keeping:
         """The life that an earlier process has left; None: there was none. To be asked once.
 
         Raises:
-            KeepingError: it is not whole, or cannot be converted; it is left where it is.
+            RefusedError: it is not whole, or cannot be converted.
+            KeepingError: another process is still at work on it.
         """
         if _LIFE not in self._found:
             # Whoever began to keep this died before it served anybody.
@@ -164,7 +169,7 @@ class Keeping:
                 self._convert(life, shards)
             return self._adopt(shards)
         except ForeignMemoryError as error:
-            raise KeepingError(f"what an earlier daemon has left: {error}") from None
+            raise RefusedError(f"what an earlier daemon has left: {error}") from None
 
     def _refuse_a_part(self, shards: int) -> None:
         missing = [name for name in _names(shards) if name not in self._found]
@@ -213,7 +218,7 @@ class Keeping:
                 os.close(fd)
                 self._keeper.let_go(_copy(region, LIVES[LIFE_VERSION][_kind(region)]))
             why = error.strerror if isinstance(error, OSError) else error
-            raise KeepingError(
+            raise RefusedError(
                 f"what an earlier daemon has left is of layout {life.version}, and cannot be made "
                 f"into layout {LIFE_VERSION}: {why}. It was left alone, with all pages: see to "
                 "that, or install the vswapd again that made it, and restart the service"

@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from vswapd.front import (
     raise_descriptors,
 )
 from vswapd.host import Host
-from vswapd.keeping import Keeping, KeepingError, Life, claim
+from vswapd.keeping import Keeping, KeepingError, Life, RefusedError, claim
 from vswapd.notify import ServiceManager
 from vswapd.recovery import RecoveryError
 from vswapd.shard import Kept, Shard
@@ -54,6 +55,9 @@ from vswapd_blockdev.device import OpenError
 
 _LOG: Final = logging.getLogger(__name__)
 __all__ = ["ServiceError", "serve"]
+_REFUSED_S: Final = 60.0
+"""Before what was refused is tried again: once a second would fill the journal. It is less than the
+unit's TimeoutStartSec=."""
 
 
 class OneShard:
@@ -169,7 +173,7 @@ def _before(life: Life, keeping: Keeping) -> Before:
     """What there is of an earlier daemon of several shards, besides their memory.
 
     Raises:
-        KeepingError: it is another version's; it is left where it is.
+        RefusedError: it is another version's; it is left where it is.
     """
     found: dict[str, Dealt] = {}
     lost: dict[str, str] = {}
@@ -192,7 +196,7 @@ def _before(life: Life, keeping: Keeping) -> Before:
         try:
             owners = adopt_owners_region(kept.extents, shards, fd)
         except ForeignMemoryError as error:
-            raise KeepingError(f"what an earlier daemon has left of {kept.path}: {error}") from None
+            raise RefusedError(f"what an earlier daemon has left of {kept.path}: {error}") from None
         found[kept.path] = Dealt(device, owners)
     for path in lost.keys() - found.keys():
         _LOG.error("%s", lost[path])
@@ -217,6 +221,19 @@ def _life(config: Config, host: Host, keeping: Keeping, *, keeps: bool) -> Life 
     if keeps:
         keeping.keep(life)
     return life
+
+
+def _cannot_go_on(error: KeepingError, manager: ServiceManager) -> ServiceError:
+    """What the daemon ends with. Where somebody has to do something first, it waits before it does.
+
+    Whoever does it stops this process then: no signal is handled yet, so it ends at once.
+    """
+    if not isinstance(error, RefusedError):
+        return ServiceError(str(error))
+    _LOG.error("%s", error)
+    manager.tell(STATUS=f"refused: {error}")
+    time.sleep(_REFUSED_S)
+    return ServiceError("what was left is looked at again")
 
 
 def _gone_on_with(config: Config, host: Host, life: Life) -> Config:
@@ -331,7 +348,7 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
         try:
             life = _life(config, host, keeping, keeps=manager.keeps)
         except KeepingError as error:
-            raise ServiceError(str(error)) from None
+            raise _cannot_go_on(error, manager) from None
         if life is not None and life.revived:
             config = _gone_on_with(config, host, life)
         make_body: MakeBody = partial(
@@ -344,7 +361,7 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
                     config, host, source, overrides, life, manager, keeping, unwanted
                 )
             except KeepingError as error:
-                raise ServiceError(str(error)) from None
+                raise _cannot_go_on(error, manager) from None
         keeping.forget_the_rest()
         undo.pop_all()
 

@@ -18,6 +18,7 @@ import array
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -89,6 +90,8 @@ class ServiceManager:
         self._ready = False
         """Whether the last process that was started has said that it is."""
         self._heard = True
+        self.status = ""
+        """What the last process has told of itself last."""
         self._thread = threading.Thread(target=self._listen)
         self._thread.start()
 
@@ -145,7 +148,7 @@ class ServiceManager:
             self.process.wait(DEADLINE_S)
             self._hear_the_last()
         with self._news:
-            self._ready = False
+            self._ready, self.status = False, ""
             names, fds = list(self.kept), [self._listener.fileno(), *self.kept.values()]
         environment = {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
@@ -205,6 +208,17 @@ class ServiceManager:
         assert self.process.wait(DEADLINE_S) == 0, self.log
         self._hear_the_last()
 
+    def await_refusal(self) -> str:
+        """Wait until the daemon says that it refuses what is kept, and end it; returns the text."""
+        assert self.process is not None
+        with self._news:
+            while not self.status.startswith("refused: "):
+                assert self.process.poll() is None, self.log
+                self._news.wait(0.1)
+        self.process.terminate()
+        assert self.process.wait(DEADLINE_S) == -signal.SIGTERM
+        return self.status
+
     def await_exit(self) -> int:
         """Wait for its own end; returns its code."""
         assert self.process is not None
@@ -257,6 +271,7 @@ class ServiceManager:
         if "FDSTOREREMOVE" in news and name in self.kept:
             os.close(self.kept.pop(name))
         self._ready |= news.get("READY") == "1"
+        self.status = news.get("STATUS", self.status)
         self._heard |= news.get("SAID") == "ALL"
 
 

@@ -138,3 +138,32 @@ def test_a_live_service_is_upgraded(shards: int, how: str, previous: Path, tmp_p
                 assert client.tell("check", who=who)
             assert new.call("verify")["ok"]
         assert "Traceback" not in manager.log
+
+
+@EACH
+def test_what_was_stored_before_is_as_old_as_it_is(
+    shards: int, previous: Path, tmp_path: Path
+) -> None:
+    """By another clock than before: nothing is idle too early, and all of it in time."""
+    device = f"device={tmp_path / 'swap'},size=32M"
+    with ServiceManager(f"server.shards={shards}", "pool.max=32M", device) as manager:
+        manager.sources = previous
+        manager.settings += ["shrinker.idle_age=1h", "shrinker.write_budget=1G"]
+        manager.start()
+        with _clients(manager, previous) as client:
+            client.tell("open", who="it")
+            client.tell("store", who="it", count=1000)
+            client.call("writeback", bytes=MIB)
+            before = client.status()
+            manager.sources = REPOSITORY
+            manager.restart()
+            client.tell("check", who="it")
+            after = client.status()
+            for where, name in (("slots", "phys"), ("shrinker", "budget_left_bytes")):
+                assert after[where][name] == before[where][name]
+            (space,) = client.call("spaces")["spaces"]
+            assert 0 < space["connected_s"] < 3600
+            client.call("set", key="shrinker.idle_age", value="1s")
+            while client.status()["slots"]["zswap"]:
+                pass  # each answer is waited for
+            assert client.tell("check", who="it") == 1000

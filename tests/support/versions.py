@@ -43,18 +43,14 @@ def git(*arguments: str) -> bytes:
 def previous_sources(directory: Path) -> Path:
     """The sources of the previous version, put into a directory."""
     commit = PREVIOUS.read_text().strip()
-    with tarfile.open(fileobj=BytesIO(git("archive", commit, *_roots()))) as archive:
+    with tarfile.open(fileobj=BytesIO(git("archive", commit))) as archive:
         archive.extractall(directory, filter="data")
     return directory
 
 
-def _roots() -> list[str]:
-    return [root.name for root in SOURCE_ROOTS]
-
-
 def python_path(sources: Path) -> str:
     """PYTHONPATH for the version that lies there."""
-    return os.pathsep.join(str(sources / name) for name in _roots())
+    return os.pathsep.join(str(sources / root.name) for root in SOURCE_ROOTS)
 
 
 class Program:

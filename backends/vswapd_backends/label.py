@@ -96,10 +96,11 @@ def find_label(kind: str, version: int, fd: int, *, older: Collection[int] = ())
         raise ForeignMemoryError(f"{kind}: this is no memory of a vswapd")
     _, found, said, life, stated, details = _LABEL.unpack_from(page)
     if found != version and found not in older:
-        known = " and ".join(map(str, sorted({*older, version})))
+        known = sorted({*older, version})
+        versions = f"version{'s' * (len(known) > 1)} {' and '.join(map(str, known))}"
         raise ForeignMemoryError(
-            f"{kind}: this is memory of layout version {found}, and this vswapd knows version "
-            f"{known} only: it was left alone, with all pages. Install the vswapd again that made "
+            f"{kind}: this is memory of layout version {found}, and this vswapd knows {versions} "
+            f"only: it was left alone, with all pages. Install the vswapd again that made "
             "it, and restart the service, to have them; or stop the service for good (its pages "
             "are lost then) before this one is started"
         )

@@ -185,7 +185,7 @@ class Keeping:
             region, _, version = name.partition(".")
             if not version:
                 continue
-            if version == str(versions[_kind(region)]):
+            if version == str(versions.get(_kind(region))):
                 if region in self._found:
                     self._drop(region)
                 self._found[region] = self._found.pop(name)
@@ -199,7 +199,7 @@ class Keeping:
         labels = {
             region: find_label(_kind(region), before[_kind(region)], fd)
             for region, fd in self._found.items()
-            if region != _LIFE
+            if _kind(region) in before  # whatever else there is nobody will ask for
         }
         # Else what has been copied might still be changed.
         _wait_for_the_last([self._found[_name(shard, "state")] for shard in range(shards)])

@@ -121,7 +121,8 @@ def _state_3(fd: int, label: Label, moment: Moment) -> SharedRegion:
     region = copied(fd, replace(label, version=3))
     head = np.frombuffer(region.view, np.int64, 12)
     spaces, in_use = head.item(6), head.item(1)
-    if not (0 <= spaces <= 1 << 16 and 0 <= in_use <= segments):
+    fits = stamps_at + segments * 8 <= region.size
+    if not (fits and 0 <= spaces <= 1 << 16 and 0 <= in_use <= segments):
         raise ForeignMemoryError("state: what is kept does not fit together")
     ahead = moment.wall - moment.clock
     stamps = np.frombuffer(region.view, np.float64, in_use, stamps_at)

@@ -1,6 +1,7 @@
 """Versions of vswapd, and clients of them.
 
 `tests/upgrade/PREVIOUS` names the last commit that CI passed: what is out there, and is upgraded.
+`tests/upgrade/MAKERS` names, for each layout of kept memory but the latest, a commit that makes it.
 
 This module must not know what an upgrade does.
 """
@@ -22,8 +23,15 @@ import pytest
 
 from support.daemon import DEADLINE_S, SOURCE_ROOTS, daemon_environment
 from support.sources import REPOSITORY
+from vswapd_backends.shared import SYSTEM_PAGE
 
-PREVIOUS = REPOSITORY / "tests/upgrade/PREVIOUS"
+PREVIOUS = (REPOSITORY / "tests/upgrade/PREVIOUS").read_text().strip()
+MAKERS = {
+    int(version): commit
+    for version, commit in map(
+        str.split, (REPOSITORY / "tests/upgrade/MAKERS").read_text().splitlines()
+    )
+}
 _PROGRAM = Path(__file__).with_name("client_program.py")
 
 
@@ -40,12 +48,17 @@ def git(*arguments: str) -> bytes:
         pytest.skip(f"the previous version comes from git's history: {why}")
 
 
-def previous_sources(directory: Path) -> Path:
-    """The sources of the previous version, put into a directory."""
-    commit = PREVIOUS.read_text().strip()
+def sources_of(commit: str, directory: Path) -> Path:
+    """The sources of a version, put into a directory."""
     with tarfile.open(fileobj=BytesIO(git("archive", commit))) as archive:
         archive.extractall(directory, filter="data")
     return directory
+
+
+def version_of(fd: int) -> int:
+    """The layout version that kept memory says of itself."""
+    label = os.pread(fd, 12, os.fstat(fd).st_size - SYSTEM_PAGE)
+    return int.from_bytes(label[8:], "little")
 
 
 def python_path(sources: Path) -> str:

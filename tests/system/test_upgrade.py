@@ -6,7 +6,7 @@ import pytest
 
 from support.container import Container, missing
 from support.installed import Journal, client, restarted, status
-from support.versions import previous_sources
+from support.versions import PREVIOUS, sources_of
 
 if reason := missing():
     pytest.skip(reason, allow_module_level=True)
@@ -41,7 +41,7 @@ def test_a_live_service_is_upgraded(machine: Container) -> None:
     """`make install` over the running one, and a restart: its client goes on, with all pages."""
     configuration = machine.root / "etc/vswapd/vswapd.toml"
     before = configuration.read_text()
-    previous_sources(machine.root / "before")
+    sources_of(PREVIOUS, machine.root / "before")
     try:
         configuration.write_text("[server]\nshards = 2\n")
         machine.run("systemctl", "stop", "vswapd.service")
@@ -51,8 +51,6 @@ def test_a_live_service_is_upgraded(machine: Container) -> None:
         journal = Journal(machine)
         result = client(machine, _LIVES, "root")
         assert result.stdout.endswith("kept 3000\n"), result.stderr
-        told = [entry["MESSAGE"] for entry in journal.entries()]
-        assert sum("what was kept is of layout" in line for line in told) == 1
         assert [entry for entry in journal.entries() if int(entry["PRIORITY"]) <= 4] == []
     finally:
         configuration.write_text(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import socket
 import time
@@ -17,7 +18,7 @@ import pytest
 
 from support.service_manager import ServiceManager
 from support.sources import REPOSITORY
-from support.versions import Program, program
+from support.versions import Program, program, version_of
 from vswapd.keeping import Keeping
 from vswapd.upgrades import LIFE_VERSION
 from vswapd_backends.shared import SYSTEM_PAGE
@@ -47,12 +48,12 @@ for whose, name in ((os, "memfd_create"), (os, "pwrite"), (notify.ServiceManager
 
 
 @contextlib.contextmanager
-def _left(shards: int, previous: Path, path: Path) -> Iterator[tuple[ServiceManager, Program]]:
+def _left(shards: int, older: Path, path: Path) -> Iterator[tuple[ServiceManager, Program]]:
     """What a daemon of the previous version has left, with a device, and a client of it."""
     with ServiceManager(f"server.shards={shards}", "pool.max=16M") as manager:
-        manager.sources = previous
+        manager.sources = older
         manager.start()
-        with program(manager.socket_path, previous) as client:
+        with program(manager.socket_path, older) as client:
             client.tell("open", who="it")
             client.tell("store", who="it", count=600)
             client.call("swapon", path=str(path), size=32 << 20)
@@ -63,10 +64,7 @@ def _left(shards: int, previous: Path, path: Path) -> Iterator[tuple[ServiceMana
 
 def _versions(manager: ServiceManager) -> dict[str, int]:
     """The layout version of everything that is kept, by name."""
-    return {
-        name: int.from_bytes(os.pread(fd, 4, os.fstat(fd).st_size - SYSTEM_PAGE + 8), "little")
-        for name, fd in manager.kept.items()
-    }
+    return {name: version_of(fd) for name, fd in manager.kept.items()}
 
 
 def _started(manager: ServiceManager, sources: Path) -> None:
@@ -75,19 +73,17 @@ def _started(manager: ServiceManager, sources: Path) -> None:
 
 
 @EACH
-def test_a_daemon_may_be_killed_while_it_converts(
-    shards: int, previous: Path, tmp_path: Path
-) -> None:
+def test_a_daemon_may_be_killed_while_it_converts(shards: int, older: Path, tmp_path: Path) -> None:
     """Until it is final the previous version can go on; the new one can whenever it was killed."""
-    with _left(shards, previous, tmp_path / "swap") as (manager, client):
+    with _left(shards, older, tmp_path / "swap") as (manager, client):
         for at in itertools.count(3, 17):
             manager.first, manager.sources = _MORTAL.format(at=at), REPOSITORY
             manager.launch()
             ready = manager.becomes_ready()
             manager.kill()
-            if ready or _versions(manager)["kept-life"] != 1:
+            if ready or _versions(manager)["kept-life"] == LIFE_VERSION:
                 break
-            _started(manager, previous)
+            _started(manager, older)
             assert client.tell("check", who="it") == 600
             manager.kill()
         _started(manager, REPOSITORY)
@@ -188,9 +184,9 @@ def _bytes_of(fd: int) -> bytes:
 
 
 @EACH
-def test_a_conversion_may_be_killed_anywhere(shards: int, previous: Path, tmp_path: Path) -> None:
+def test_a_conversion_may_be_killed_anywhere(shards: int, older: Path, tmp_path: Path) -> None:
     """What it is made from is untouched until it is final, and what comes of it is the same."""
-    with _left(shards, previous, tmp_path / "swap") as (manager, client):
+    with _left(shards, older, tmp_path / "swap") as (manager, client):
         begin = {name[5:]: _bytes_of(fd) for name, fd in manager.kept.items()}
         life = manager.kept["kept-life"]
         label_at = os.fstat(life).st_size - SYSTEM_PAGE
@@ -224,15 +220,15 @@ def test_a_conversion_may_be_killed_anywhere(shards: int, previous: Path, tmp_pa
 
 @EACH
 def test_going_back_is_refused_and_changes_nothing(
-    shards: int, previous: Path, tmp_path: Path
+    shards: int, older: Path, tmp_path: Path
 ) -> None:
     """The previous version does not know what it was made into; the new one goes on with it."""
-    with _left(shards, previous, tmp_path / "swap") as (manager, client):
+    with _left(shards, older, tmp_path / "swap") as (manager, client):
         _started(manager, REPOSITORY)
         client.tell("store", who="it", count=100)
         manager.kill()
         before = _versions(manager)
-        manager.sources = previous
+        manager.sources = older
         manager.launch()
         assert manager.await_exit() == 71
         assert f"of layout version {LIFE_VERSION}, and this vswapd knows" in manager.log
@@ -243,10 +239,10 @@ def test_going_back_is_refused_and_changes_nothing(
 
 @EACH
 def test_what_cannot_be_converted_is_left_to_the_previous_version(
-    shards: int, previous: Path, tmp_path: Path
+    shards: int, older: Path, tmp_path: Path
 ) -> None:
     """Without room for a copy in the service manager's store it says so, and nothing is lost."""
-    with _left(shards, previous, tmp_path / "swap") as (manager, client):
+    with _left(shards, older, tmp_path / "swap") as (manager, client):
         before = _versions(manager)
         manager.most = len(before)
         manager.sources = REPOSITORY
@@ -256,9 +252,58 @@ def test_what_cannot_be_converted_is_left_to_the_previous_version(
         assert "raise FileDescriptorStoreMax" in text
         assert manager.log.count(text.removeprefix("refused: ")) == 1
         assert _versions(manager) == before
-        _started(manager, previous)
+        _started(manager, older)
         assert client.tell("check", who="it") == 600
         manager.kill()
         manager.most += shards
         _started(manager, REPOSITORY)
         assert client.tell("check", who="it") == 600
+
+
+def _version_1(fd: int) -> None:
+    """A label of a version that nobody has any more."""
+    at = os.fstat(fd).st_size - SYSTEM_PAGE
+    os.pwrite(fd, (1).to_bytes(4, "little"), at + 8)
+
+
+def _senseless(fd: int) -> None:
+    """More spaces and segments than there can be."""
+    os.pwrite(fd, (1 << 40).to_bytes(8, "little") * 8, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_version_1, r"this is memory of layout version 1, and this vswapd knows version \d+ only"),
+        (_senseless, "what is kept does not fit together"),
+    ],
+)
+def test_what_no_step_is_for_is_refused(
+    change: Callable[[int], None], text: str, older: Path, tmp_path: Path
+) -> None:
+    """One line says what it is; it is left as it was, and whoever can read it goes on with it."""
+    with _left(2, older, tmp_path / "swap") as (manager, client):
+        state = manager.kept["kept-1-state"]
+        size = os.fstat(state).st_size
+        kept = os.pread(state, 64, 0), os.pread(state, SYSTEM_PAGE, size - SYSTEM_PAGE)
+        change(state)
+        before = {name: _bytes_of(fd) for name, fd in manager.kept.items()}
+        manager.sources = REPOSITORY
+        manager.launch()
+        assert re.search(text, manager.await_refusal())
+        assert "Traceback" not in manager.log
+        assert {name: _bytes_of(fd) for name, fd in manager.kept.items()} == before
+        os.pwrite(state, kept[0], 0)
+        os.pwrite(state, kept[1], size - SYSTEM_PAGE)
+        _started(manager, REPOSITORY)
+        assert client.tell("check", who="it") == 600
+
+
+def test_what_nobody_knows_keeps_nothing_from_being_converted(older: Path, tmp_path: Path) -> None:
+    """Something of a third version that was given up before it served is dropped."""
+    with _left(1, older, tmp_path / "swap") as (manager, client):
+        for name in ("kept-frames", "kept-frames.7", "kept-0-state.9"):
+            manager.kept[name] = os.memfd_create(name)
+        _started(manager, REPOSITORY)
+        assert client.tell("check", who="it") == 600
+        assert {"kept-frames", "kept-frames.7", "kept-0-state.9"}.isdisjoint(manager.kept)

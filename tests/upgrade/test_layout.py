@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from support.sources import REPOSITORY
-from support.versions import PREVIOUS, git
+from support.versions import MAKERS, PREVIOUS, git
 from vswapd import answers, clusters, control, groups, keeping, ledger, memory, swap_table
 from vswapd.memory import Head, Shape
 from vswapd.upgrades import LIFE_VERSION, LIVES, STEPS
@@ -106,10 +106,14 @@ def test_the_layout_is_that_of_its_version() -> None:
 
 def test_what_was_passed_by_ci_stays_as_it_is() -> None:
     """No version's layout is recorded anew once there may be memory of it."""
-    commit = PREVIOUS.read_text().strip()
     folder = LAYOUTS.relative_to(REPOSITORY)
-    for name in git("ls-tree", "--name-only", commit, f"{folder}/").decode().split():
-        assert (REPOSITORY / name).read_bytes() == git("show", f"{commit}:{name}"), name
+    for name in git("ls-tree", "--name-only", PREVIOUS, f"{folder}/").decode().split():
+        assert (REPOSITORY / name).read_bytes() == git("show", f"{PREVIOUS}:{name}"), name
+
+
+def test_every_layout_that_is_converted_has_a_maker() -> None:
+    """Tests of upgrades begin with memory of each."""
+    assert MAKERS.keys() == LIVES.keys() - {LIFE_VERSION}
 
 
 @pytest.mark.parametrize("version", sorted(LIVES))

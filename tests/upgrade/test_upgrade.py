@@ -13,15 +13,16 @@ import pytest
 
 from support.service_manager import ServiceManager
 from support.sources import REPOSITORY
-from support.versions import PREVIOUS, Program, git, program
+from support.versions import MAKERS, PREVIOUS, Program, git, program, version_of
+from vswapd.upgrades import LIFE_VERSION
 
 MIB = 1 << 20
 EACH = pytest.mark.parametrize("shards", [1, 3])
 
 
-def test_the_previous_version_is_an_earlier_one() -> None:
-    """What is upgraded from is of this branch's past, named in full."""
-    commit = PREVIOUS.read_text().strip()
+@pytest.mark.parametrize("commit", [PREVIOUS, *MAKERS.values()])
+def test_what_is_upgraded_is_an_earlier_version(commit: str) -> None:
+    """It is of this branch's past, named in full."""
     assert re.fullmatch("[0-9a-f]{40}", commit)
     assert git("merge-base", "HEAD", commit).decode().strip() == commit
 
@@ -102,14 +103,15 @@ def _kept(document: dict[str, Any]) -> dict[str, Any]:
 
 @EACH
 @pytest.mark.parametrize("how", ["restart", "kill"])
-def test_a_live_service_is_upgraded(shards: int, how: str, previous: Path, tmp_path: Path) -> None:
+def test_a_live_service_is_upgraded(shards: int, how: str, earlier: Path, tmp_path: Path) -> None:
     """Pages in every place, lost ones, settings, devices, limits; clients old and new."""
-    with _service(shards, previous) as manager, _clients(manager, previous) as old:
+    with _service(shards, earlier) as manager, _clients(manager, earlier) as old:
         _furnish(old, tmp_path)
         held = old.tell("held", who="named")
         old.tell("close", who="named")
         before = _kept(old.status())
         old.tell("work", who="asked")
+        converts = version_of(manager.kept["kept-life"]) != LIFE_VERSION
         manager.sources = REPOSITORY
         for _ in range(2):
             if how == "kill":
@@ -121,7 +123,7 @@ def test_a_live_service_is_upgraded(shards: int, how: str, previous: Path, tmp_p
                 assert old.tell("check", who=who)
         assert old.tell("rest", who="asked") > 0
         assert _kept(old.status()) == before
-        assert manager.log.count("what was kept is of layout") == 1
+        assert manager.log.count("what was kept is of layout") == converts
         assert old.call("verify")["ok"]
         with _clients(manager, REPOSITORY) as new:
             new.tell("open", who="named", name="for the next one", held=held)
@@ -142,15 +144,15 @@ def test_a_live_service_is_upgraded(shards: int, how: str, previous: Path, tmp_p
 
 @EACH
 def test_what_was_stored_before_is_as_old_as_it_is(
-    shards: int, previous: Path, tmp_path: Path
+    shards: int, earlier: Path, tmp_path: Path
 ) -> None:
     """By another clock than before: nothing is idle too early, and all of it in time."""
     device = f"device={tmp_path / 'swap'},size=32M"
     with ServiceManager(f"server.shards={shards}", "pool.max=32M", device) as manager:
-        manager.sources = previous
+        manager.sources = earlier
         manager.settings += ["shrinker.idle_age=1h", "shrinker.write_budget=1G"]
         manager.start()
-        with _clients(manager, previous) as client:
+        with _clients(manager, earlier) as client:
             client.tell("open", who="it")
             client.tell("store", who="it", count=1000)
             client.call("writeback", bytes=MIB)

@@ -96,7 +96,13 @@ def _strays() -> Iterator[tuple[int, str]]:
             continue
         try:
             marked = mark in (directory / "environ").read_bytes().split(b"\0")
-            command = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            command = (
+                (directory / "cmdline")
+                .read_bytes()
+                .replace(b"\0", b" ")
+                .decode(errors="replace")
+                .strip()
+            )
         except OSError:
             continue  # another user's, or gone by now
         if marked:

@@ -96,17 +96,11 @@ def _strays() -> Iterator[tuple[int, str]]:
             continue
         try:
             marked = mark in (directory / "environ").read_bytes().split(b"\0")
-            command = (
-                (directory / "cmdline")
-                .read_bytes()
-                .replace(b"\0", b" ")
-                .decode(errors="replace")
-                .strip()
-            )
+            words = (directory / "cmdline").read_bytes().replace(b"\0", b" ")
         except OSError:
             continue  # another user's, or gone by now
         if marked:
-            yield pid, command
+            yield pid, words.decode(errors="replace").strip()
 
 
 def _own_listening_sockets() -> Iterator[str]:

@@ -11,8 +11,8 @@ sets; it is the day that the clock names then, or, if that is no later, the one 
 Where several shards share the budget they share its day: each goes on to the latest that any has.
 
 Invariants:
-- The day, when it began, and what was written on it outlive the process; killed in between two of
-  its writes, it counts too much rather than too little.
+- The day, when it began, and what was written on it outlive the process. A kill in between two of
+  their stores gives no day's budget twice.
 
 This module must not know who writes, and what.
 """
@@ -104,9 +104,9 @@ class WriteBudget:
 
     def _begin(self, day: int, now: float) -> None:
         head = self._head
-        # Until the day is named what is kept is the last one's, which is over: whoever finds it so
-        # begins the new one again.
+        # Whoever is killed before the day is named leaves one that is over: it is begun again.
+        # Before its beginning is: the day after may begin early, and is not given again then.
         head[Head.BUDGET_USED] = 0
-        head[Head.BUDGET_BEGUN] = int(now * 1000)
         head[Head.BUDGET_DAY] = day + 1
+        head[Head.BUDGET_BEGUN] = int(now * 1000)
         self._day, self._begun, self._used = day, now, 0

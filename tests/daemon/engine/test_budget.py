@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from support.engine import DAY, MIB, Clock, Rig, make_engine, pages_of
 from vswapd.ledger import Ledger, shared_region
-from vswapd_backends.base import SEGMENT_BYTES
+from vswapd_backends.base import I64, SEGMENT_BYTES
 
 BUDGET = 4 * SEGMENT_BYTES
 HOUR = 3600.0
@@ -165,6 +167,50 @@ def test_the_shrinker_wakes_when_there_is_a_budget_again() -> None:
     assert DAY + 24 * HOUR <= due <= DAY + 24 * HOUR + 10
     clock.now = due
     assert rig.shrink()
+
+
+class _KilledError(Exception):
+    """At one of the stores of the words that are kept."""
+
+
+class _Mortal:
+    """The kept words, until one of them is to be stored once too often."""
+
+    def __init__(self, head: I64, stores: int) -> None:
+        self._head, self._left = head, stores
+
+    def __setitem__(self, index: int, value: int) -> None:
+        if not self._left:
+            raise _KilledError
+        self._left -= 1
+        self._head[index] = value
+
+    def item(self, index: int) -> int:
+        return self._head.item(index)
+
+
+@pytest.mark.parametrize("set_by", [0.0, -YEAR])
+@pytest.mark.parametrize("stores", range(5))
+def test_a_kill_at_the_turn_of_the_day_gives_no_budget_twice(stores: int, set_by: float) -> None:
+    """Before each of the stores with which the day begins, and its first bytes are counted."""
+    clock = _at(12)
+    rig = make_engine(clock=clock, write_budget=BUDGET)
+    rig.engine.core.spend(BUDGET)
+    clock.set_by += set_by
+    given = 0
+    for _ in range(4):
+        clock.advance(DAY)
+        rig.recover()
+        budget = rig.engine.core.budget
+        budget._head = _Mortal(budget._head, stores)  # type: ignore[assignment]
+        with contextlib.suppress(_KilledError):
+            assert budget.left(BUDGET) in {0, BUDGET}
+            budget.spend(budget.left(BUDGET), bounded=True)
+        rig.recover()
+        given += _left(rig)
+        rig.engine.core.spend(_left(rig))
+    # Who is killed before the last of them has not counted what it spent.
+    assert given == (4 * BUDGET if stores < 4 else 0)
 
 
 _SETTINGS = st.sampled_from([-YEAR, -DAY, -HOUR, -1.0, 1.0, HOUR, DAY, 3 * DAY, YEAR])

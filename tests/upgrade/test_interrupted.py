@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -130,7 +131,10 @@ class _Store:
 
 def _convert(store: _Store, at: int) -> bool:
     """Have a process convert what is kept, and be killed at a step of it; whether it was."""
-    pid = os.fork()
+    with warnings.catch_warnings():
+        # The service manager's thread is left behind, with nothing that the child needs.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
     if pid == 0:
         try:
             time.time = lambda: 1e9

@@ -9,22 +9,31 @@ This module must not know the wire.
 
 from __future__ import annotations
 
-import math
+import contextlib
+import errno
 import os
 import select
 import socket
 import stat
+import struct
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from vswap.errors import NoDaemon
+
+if TYPE_CHECKING:
+    from vswap.waiting import Wait
 
 SYSTEM_SOCKET: Final = Path("/run/vswapd.sock")
 SOCKET_NAME: Final = "vswapd.sock"
 VARIABLE: Final = "VSWAP_SOCKET"
+_TIMEVAL: Final = struct.Struct("@ll")
+_PEER: Final = struct.Struct("@3i")
+_JOURNAL: Final = "journalctl -u vswapd"
+_USERS_JOURNAL: Final = "journalctl --user -u vswapd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +67,26 @@ def candidates(
 
 
 class Search:
-    """A walk through the candidates, which remembers why none was taken.
+    """A walk through the candidates, which remembers why none was taken."""
 
-    Raises:
-        ValueError: `timeout` is no positive number of seconds.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None, timeout: float | None) -> None:
-        if timeout is not None and not 0 < timeout < math.inf:
-            raise ValueError(f"a timeout is a positive number of seconds, not {timeout!r}")
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self.places = candidates(path, os.environ, os.getuid())
+        self.place = self.places[0].path
+        """Which of them is being tried."""
+        self.sock: socket.socket | None = None
+        """What is connected to it by now, for whoever asks who is there; it is somebody else's."""
         self._tried: list[str] = []
 
-    def note(self, candidate: Candidate, error: OSError) -> None:
+    def begin(self, candidate: Candidate) -> None:
+        """One is tried."""
+        if candidate is self.places[0]:
+            self._tried.clear()
+        self.place, self.sock = candidate.path, None
+
+    def note(self, candidate: Candidate, error: Exception) -> None:
         """One was not reached."""
-        self._tried.append(f"  {candidate.path} ({candidate.origin}): {_explain(error)}")
+        why = _explain(candidate.path, error)
+        self._tried.append(f"  {candidate.path} ({candidate.origin}): {why}")
 
     def failure(self) -> NoDaemon:
         """None was."""
@@ -84,34 +98,71 @@ class Search:
         )
 
 
-def open_socket(
-    path: str | os.PathLike[str] | None, timeout: float | None
-) -> tuple[socket.socket, Path]:
+def open_socket(search: Search, wait: Wait) -> tuple[socket.socket, Path]:
     """A connected, blocking socket to the first daemon that answers, and where that is.
+
+    Args:
+        search: The places to try.
+        wait: How long each of them is waited for.
 
     Raises:
         NoDaemon: none does; the text says where it was looked for and what to do.
     """
-    search = Search(path, timeout)
     for candidate in search.places:
+        search.begin(candidate)
+        wait.sign()
         try:
             sock = unconnected_socket(candidate)
         except OSError as error:
             search.note(candidate, error)
             continue
         try:
-            sock.settimeout(timeout)
-            sock.connect(os.fspath(candidate.path))
-            sock.settimeout(None)
-        except OSError as error:
+            _connect(sock, candidate.path, wait)
+        except (OSError, ValueError) as error:
             sock.close()
             search.note(candidate, error)
         except BaseException:
             sock.close()
             raise
         else:
+            search.sock = sock
             return sock, candidate.path.absolute()
     raise search.failure()
+
+
+def _connect(sock: socket.socket, path: Path, wait: Wait) -> None:
+    """Connect a blocking socket.
+
+    Raises:
+        TimeoutError: the queue of those who wait to be accepted was full for too long.
+        OSError, ValueError: it is not to be had.
+    """
+    while True:
+        # Python's own timeout makes the socket non-blocking, and a full queue an error at once.
+        limit_receive_or_send(sock, socket.SO_SNDTIMEO, wait.step_s())
+        try:
+            sock.connect(os.fspath(path))
+        except BlockingIOError:
+            if wait.over():
+                raise TimeoutError from None
+        else:
+            limit_receive_or_send(sock, socket.SO_SNDTIMEO, None)
+            return
+
+
+def limit_receive_or_send(sock: socket.socket, option: int, seconds: float | None) -> None:
+    """Have the kernel end a call that has waited for so long; None: for ever.
+
+    It costs nothing per call, where Python's own timeout would poll before each.
+
+    Args:
+        sock: whose calls.
+        option: SO_RCVTIMEO or SO_SNDTIMEO (which connect(2) goes by, too).
+        seconds: more than 0.
+    """
+    whole = int(seconds or 0)
+    value = (0, 0) if seconds is None else (whole, max(1, int((seconds - whole) * 1e6)))
+    sock.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(*value))
 
 
 def hung_up(sock: socket.socket) -> bool:
@@ -140,18 +191,83 @@ def _check_private(directory: Path) -> None:
         raise PermissionError(f"{directory} is not a directory of this user alone")
 
 
-def _explain(error: OSError) -> str:
+def _explain(path: Path, error: Exception) -> str:
+    """Why a place has no daemon that can be connected to: what is there, as far as one may see."""
     match error:
         case FileNotFoundError():
-            return "there is no such socket"
+            return _what_is_missing(path)
         case ConnectionRefusedError():
-            return "nobody listens (left by a daemon that died)"
+            return _who_refuses(path)
         case PermissionError() if error.errno is not None:
-            return "no permission (the system's daemon serves members of the group vswap)"
+            return _who_may(path)
         case TimeoutError():
-            return "the daemon does not accept the connection"
-        case _:
+            return f"the daemon does not accept the connection: {where_to_look(path)}"
+        case OSError() if error.errno == errno.EPROTOTYPE:
+            return "it is a socket of another kind, not vswapd's"
+        case OSError():
             return error.strerror or str(error)
+        case _:
+            return str(error)
+
+
+def _what_is_missing(path: Path) -> str:
+    try:
+        if path.is_symlink():
+            return f"it is a link to {path.readlink()}, which is not there"
+        if not path.parent.exists():
+            return f"there is no directory {path.parent}"
+    except OSError:
+        pass  # what is not to be seen is not told
+    return "there is no such socket"
+
+
+def _who_refuses(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "nobody listens"
+    if stat.S_ISDIR(mode):
+        return "it is a directory, not a socket"
+    if stat.S_ISREG(mode):
+        return "it is a file, not a socket"
+    if not stat.S_ISSOCK(mode):
+        return "it is not a socket"
+    return "nobody listens (left by a daemon that died)"
+
+
+def _who_may(path: Path) -> str:
+    if path == SYSTEM_SOCKET:
+        return "no permission (the system's daemon serves members of the group vswap)"
+    try:
+        found = path.stat()
+    except OSError:
+        return f"no permission to look into {path.parent}"
+    return f"no permission (it is user {found.st_uid}'s, mode {stat.S_IMODE(found.st_mode):o})"
+
+
+def where_to_look(path: Path, sock: socket.socket | None = None) -> str:
+    """Where a daemon that does not answer says why, as far as one can know.
+
+    Args:
+        path: of its socket.
+        sock: connected to it. The kernel says who listens: a service manager, or a daemon itself.
+    """
+    pid = 0
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+            pid, uid, _ = _PEER.unpack(found)
+    if pid:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_bytes() == b"systemd\n":
+                return _JOURNAL if pid == 1 or not uid else _USERS_JOURNAL
+            return f"process {pid} listens there; its log says more"
+    if path == SYSTEM_SOCKET:
+        return _JOURNAL
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and path == Path(runtime) / SOCKET_NAME:
+        return _USERS_JOURNAL
+    return f"its log, or {_JOURNAL}, says more"
 
 
 def client_name(name: str | None) -> str:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Final
 
 from vswap.aio_lane import AsyncLane, silence
 from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping, VswapError
+from vswap.waiting import LOG, NOTICE_S
 
 if TYPE_CHECKING:
     from vswap.peer import Peer
@@ -77,6 +78,10 @@ class AsyncConnection:
         self._unattended: set[asyncio.Task[None]] = set()
         """Who sees calls in that nobody waits for."""
         self._watch: asyncio.TimerHandle | None = None
+        self._told = False
+        """Whether it was said that a shard is silent, and none has been heard since."""
+        self.said: Callable[[], str] = lambda: "vswapd is not answering"
+        """What is said of a daemon with a shard that is silent."""
         self._adopt(home)
         _connections.add(self)
 
@@ -289,9 +294,16 @@ class AsyncConnection:
                 first = False
 
     def _listen(self) -> None:
-        """From now on no shard that is asked something is to be silent for too long."""
-        if self._timeout is not None and self._watch is None and not self.closed:
-            self._watch = self._loop.call_later(self._timeout, self._look)
+        """From now on no shard that is asked something is to be silent for long unnoticed."""
+        if self._watch is None and not self.closed:
+            self._watch = self._loop.call_later(self._next_look(0.0), self._look)
+
+    def _next_look(self, silent_s: float) -> float:
+        """Seconds until a shard that has been silent for so long may have been so for too long."""
+        steps = [NOTICE_S if self._told else NOTICE_S - silent_s]
+        if self._timeout is not None:
+            steps.append(self._timeout - silent_s)
+        return min(steps)
 
     def _look(self) -> None:
         """Whether a shard that is there, and has been asked something, was silent for too long."""
@@ -301,13 +313,19 @@ class AsyncConnection:
             for shard, lane in self._lanes.items()
             if not lane.conversation.idle and shard not in self._returning
         ]
-        if self._timeout is None or self.closed or not asked:
+        silent_s = self._loop.time() - min(asked, default=self._loop.time())
+        if self._told and silent_s < NOTICE_S:
+            self._told = False
+            LOG.info("vswapd answers again")
+        if self.closed or not asked:
             return
-        silent_s = self._loop.time() - min(asked)
-        if silent_s >= self._timeout:
-            self._end(silence(self._timeout))
-        else:
-            self._watch = self._loop.call_later(self._timeout - silent_s, self._look)
+        if self._timeout is not None and silent_s >= self._timeout:
+            self._end(silence(self.said(), self._timeout))
+            return
+        if silent_s >= NOTICE_S and not self._told:
+            self._told = True
+            LOG.warning("%s", self.said())
+        self._watch = self._loop.call_later(self._next_look(silent_s), self._look)
 
 
 _connections: weakref.WeakSet[AsyncConnection] = weakref.WeakSet()

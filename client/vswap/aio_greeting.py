@@ -11,13 +11,15 @@ This module must not know what the calls mean.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vswap.address import Search
 from vswap.aio_connection import AsyncConnection
-from vswap.aio_lane import AsyncLane, open_async, silence
+from vswap.aio_lane import AsyncLane, open_async, silence, told
 from vswap.errors import Broken, ConnectionLost, NoDaemon, SpaceBusy, Stopping, VswapError
 from vswap.greeting import (
     AWAY,
@@ -25,12 +27,16 @@ from vswap.greeting import (
     DYING_S,
     FIRST_PAUSE_S,
     LONGEST_PAUSE_S,
-    check_patience,
+    apart,
+    away,
     check_same,
     forgo,
+    not_answering,
     not_back,
+    silent,
 )
 from vswap.peer import Peer, hello, parse_hello
+from vswap.waiting import Wait, check_patience, check_timeout
 from vswap.window import Window, window_of
 
 if TYPE_CHECKING:
@@ -50,10 +56,10 @@ async def open_connection(
     """Connect to the first daemon that answers, and say HELLO. The window comes with it.
 
     Raises:
-        ValueError: some of this makes no sense.
+        BadArgument: some of this makes no sense.
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is no connection.
     """
-    check_patience(patience_s)
+    silence_s, patience_s = check_timeout(silence_s), check_patience(patience_s)
 
     def call() -> Ask:
         return hello(client, window_bytes=window_bytes, name=name)
@@ -67,6 +73,7 @@ async def open_connection(
     # Also without patience: the daemon does not know that nobody will come back.
     last_word = door.forgo if peer.resumable and not name else None
     connection = AsyncConnection(home, peer.shards, silence_s, door.open_lane, resume, last_word)
+    connection.said = lambda: silent(found)
     return connection, peer, window
 
 
@@ -99,22 +106,24 @@ class _Door:
         """
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        while True:
-            call = hello(self.client, shard=shard, token=self.token, name=self.name)
-            left = max(FIRST_PAUSE_S, begin + self.patience_s - loop.time())
-            patience_s = left if self.patience_s else None
-            try:
-                lane, there, *_ = await _greet(self.path, self.silence_s, call, patience_s)
-                break
-            except SpaceBusy:
-                # The client before this one has gone, and this shard is about to see it.
-                if loop.time() > begin + DYING_S:
-                    raise
-            except AWAY as error:
-                stays_away = isinstance(error, Stopping) and not self.kept
-                if stays_away or loop.time() + FIRST_PAUSE_S > begin + self.patience_s:
-                    raise
-            await asyncio.sleep(FIRST_PAUSE_S)
+        search = Search(self.path)
+        gone = self.patience_s > 0
+        wait = away(search, self.patience_s) if gone else not_answering(search, self.silence_s)
+        with told(wait):
+            while True:
+                call = hello(self.client, shard=shard, token=self.token, name=self.name)
+                try:
+                    lane, there, *_ = await _greet(search, self.silence_s, call, wait, away=gone)
+                    break
+                except SpaceBusy:
+                    # The client before this one has gone, and this shard is about to see it.
+                    if loop.time() > begin + DYING_S:
+                        raise
+                except AWAY as error:
+                    stays_away = isinstance(error, Stopping) and not self.kept
+                    if stays_away or not gone or wait.over():
+                        raise
+                await asyncio.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
             # The daemon is another one by now.
             lane.close()
@@ -130,19 +139,21 @@ class _Door:
         """
         if isinstance(why, Stopping) and not self.kept:
             raise why
-        loop = asyncio.get_running_loop()
-        end = loop.time() + self.patience_s
+        search = Search(self.path)
+        wait = away(search, self.patience_s)
         pause = FIRST_PAUSE_S
-        while True:
-            try:
-                return await self._take_up(lane, max(FIRST_PAUSE_S, end - loop.time()))
-            except COMING_BACK as error:
-                if loop.time() + pause > end:
-                    raise not_back(why, self.patience_s, error) from error
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        pause_first = apart(lane.conversation.interrupt())
+        with told(wait):
+            while True:
+                try:
+                    return await self._take_up(lane, search, wait, pause_first)
+                except COMING_BACK as error:
+                    if (wait.left_s or 0.0) < pause:
+                        raise not_back(why, self.patience_s, error) from error
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    async def _take_up(self, lane: AsyncLane, patience_s: float) -> Peer:
+    async def _take_up(self, lane: AsyncLane, search: Search, wait: Wait, pause_s: float) -> Peer:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
@@ -153,11 +164,12 @@ class _Door:
             resume=True,
             name=self.name,
         )
-        sock, _ = await open_async(self.path, patience_s)
+        sock, _ = await open_async(search, wait)
         lane.reopen(sock)
         try:
-            there = await _say_hello(lane, call, None, patience_s)
+            there = await _say_hello(lane, call, None, wait, away=True)
             check_same(there, lane.shard)
+            await _be_quiet(lane, pause_s)
         except BaseException:
             lane.interrupt()
             if lane.descriptor is not None:
@@ -182,26 +194,30 @@ async def _greet_first(
     """As `_greet`; a daemon whose shard dies with the connection is asked once more."""
     loop = asyncio.get_running_loop()
     end = loop.time() + min(patience_s, DYING_S)
-    while True:
-        try:
-            return await _greet(path, silence_s, call())
-        except Broken:
-            if loop.time() > end:
-                raise
-        await asyncio.sleep(FIRST_PAUSE_S)
+    search = Search(path)
+    wait = not_answering(search, silence_s)
+    with told(wait):
+        while True:
+            try:
+                return await _greet(search, silence_s, call(), wait)
+            except Broken:
+                if loop.time() > end:
+                    raise
+            await asyncio.sleep(FIRST_PAUSE_S)
 
 
 async def _greet(
-    path: str | os.PathLike[str] | None,
-    silence_s: float | None,
-    call: Ask,
-    patience_s: float | None = None,
+    search: Search, silence_s: float | None, call: Ask, wait: Wait, *, away: bool = False
 ) -> tuple[AsyncLane, Peer, Path, Window | None]:
-    """A lane that HELLO has been said on, what was answered, where, and the window."""
-    sock, found = await open_async(path, silence_s if patience_s is None else patience_s)
+    """A lane that HELLO has been said on, what was answered, where, and the window.
+
+    Args: as for `greeting._lane`.
+    """
+    sock, found = await open_async(search, wait)
+    wait.sign()
     lane = AsyncLane(sock, _Greeting())
     try:
-        peer = await _say_hello(lane, call, silence_s, patience_s)
+        peer = await _say_hello(lane, call, silence_s, wait, away=away)
     except BaseException:
         lane.close()
         if lane.descriptor is not None:
@@ -214,18 +230,27 @@ async def _greet(
 
 
 async def _say_hello(
-    lane: AsyncLane, call: Ask, silence_s: float | None, patience_s: float | None
+    lane: AsyncLane, call: Ask, silence_s: float | None, wait: Wait, *, away: bool
 ) -> Peer:
-    """Say HELLO, and what was answered. `patience_s`: as for `vswap.lane.Lane.greet`."""
+    """Say HELLO, and what was answered. `away`: as for `vswap.lane.Lane.greet`."""
     lane.owner = greeting = _Greeting()
     lane.greet(call)
     try:
-        async with asyncio.timeout(silence_s if patience_s is None else patience_s):
+        async with asyncio.timeout(wait.left_s):
             await greeting.over
     except TimeoutError:
-        silent = silence(silence_s) if patience_s is None else NoDaemon("nobody answers there")
+        silent = NoDaemon("nobody answers there") if away else silence(wait.text, silence_s)
         raise silent from None
+    wait.end()
     return parse_hello(call.result())
+
+
+async def _be_quiet(lane: AsyncLane, seconds: float) -> None:
+    """As Lane.be_quiet."""
+    lane.owner = quiet = _Greeting()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await quiet.over
 
 
 class _Greeting:

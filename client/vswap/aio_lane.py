@@ -15,13 +15,15 @@ This module must not know what the calls mean, or that there are other lanes.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
-from vswap.address import Candidate, Search, hung_up, unconnected_socket
+from vswap.address import Search, hung_up, unconnected_socket
 from vswap.conversation import Conversation
 from vswap.errors import Broken, TimedOut, VswapError
 from vswap.window import receive
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from vswap.pages import View
     from vswap.peer import Outcome
     from vswap.planner import Call
+    from vswap.waiting import Wait
 
 _GATHER_BYTES: Final = 65536
 """Small requests are sent together up to this many bytes, to save system calls."""
@@ -44,16 +47,29 @@ _RETRY_S: Final = 0.01
 no event for that."""
 
 
-async def open_async(
-    path: str | os.PathLike[str] | None, silence_s: float | None
-) -> tuple[socket.socket, Path]:
+@contextlib.contextmanager
+def told(wait: Wait) -> Iterator[None]:
+    """Have it said that there is a wait, if it lasts for long."""
+    timer = asyncio.get_running_loop().call_later(wait.notice_s, wait.tell)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+async def open_async(search: Search, wait: Wait) -> tuple[socket.socket, Path]:
     """A connected, non-blocking socket to the first daemon that answers, and where that is.
+
+    Args:
+        search: The places to try.
+        wait: How long each of them is waited for. To be `told` by the caller.
 
     Raises:
         NoDaemon: none does.
     """
-    search = Search(path, silence_s)
     for candidate in search.places:
+        search.begin(candidate)
+        wait.sign()
         try:
             sock = unconnected_socket(candidate)
         except OSError as error:
@@ -61,32 +77,33 @@ async def open_async(
             continue
         try:
             sock.setblocking(False)
-            async with asyncio.timeout(silence_s):
-                await _connect(sock, candidate)
-        except OSError as error:
+            async with asyncio.timeout(wait.left_s):
+                await _connect(sock, candidate.path)
+        except (OSError, ValueError) as error:
             sock.close()
             search.note(candidate, error)
         except BaseException:
             sock.close()
             raise
         else:
+            search.sock = sock
             return sock, candidate.path.absolute()
     raise search.failure()
 
 
-async def _connect(sock: socket.socket, candidate: Candidate) -> None:
+async def _connect(sock: socket.socket, path: Path) -> None:
     while True:
         try:
-            sock.connect(os.fspath(candidate.path))
+            sock.connect(os.fspath(path))
         except BlockingIOError:
             await asyncio.sleep(_RETRY_S)
         else:
             return
 
 
-def silence(silence_s: float | None) -> TimedOut:
-    """The error for a shard that says nothing."""
-    return TimedOut(f"the daemon was silent for {silence_s} s")
+def silence(said: str, silence_s: float | None) -> TimedOut:
+    """The error for a shard that says nothing. `said`: what is said of the daemon then."""
+    return TimedOut(f"{said} (it was silent for {silence_s} s; the connection is closed)")
 
 
 class Owner(Protocol):
@@ -139,7 +156,9 @@ class AsyncLane:
     def interrupt(self) -> None:
         """Let go of the socket; calls wait until `resume`, those too that come meanwhile."""
         self._hang_up()
-        self._buffers.clear()
+        if self._buffers:
+            self.conversation.not_sent()
+            self._buffers.clear()
         self.conversation.interrupt()
         if self._parked is None:
             self._parked = self._queue

@@ -48,8 +48,6 @@ class Connection:
     Args:
         home: The first lane, on which HELLO was said.
         shards: How many the daemon has.
-        timeout: Seconds of silence in the middle of a call after which the daemon is given up;
-            None: wait for ever.
         open_lane: Makes a lane to another shard.
         resume: Takes a broken lane up again where it was; None: nobody keeps what the daemon held.
         forgo: Has freed what a shard that has died still keeps; None: that is not for this client
@@ -60,14 +58,12 @@ class Connection:
         self,
         home: Lane,
         shards: int,
-        timeout: float | None,
         open_lane: Callable[[int], Lane],
         resume: Callable[[Lane, ConnectionLost], None] | None = None,
         forgo: Callable[[int], None] | None = None,
     ) -> None:
         self._home = home
         self._shards = shards
-        self._timeout = timeout
         self._open_lane = open_lane
         self._resume = resume
         self._forgo = forgo
@@ -218,7 +214,6 @@ class Connection:
 
     def _exchange(self, call: Call, lanes: list[Lane]) -> None:
         """Carry a call through over several lanes."""
-        limit = None if self._timeout is None else self._timeout * 1000
         poll = select.poll()
         by_fd = {lane.sock.fileno(): lane for lane in lanes}
         # One for each before there are more for the first: its daemon may be quick to take them.
@@ -236,10 +231,7 @@ class Connection:
             if dropped:
                 # Something is not awaited any more: lanes before this one may go on.
                 continue
-            ready = poll.poll(limit)
-            if not ready:
-                raise self._home.silence()
-            for fd, events in ready:
+            for fd, events in self._home.wait_for(poll):
                 if events & ~select.POLLOUT:
                     by_fd[fd].pull()
 

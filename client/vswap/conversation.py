@@ -9,6 +9,9 @@ Invariants:
 - No more than `window` requests are unanswered.
 - A request is in flight until it is answered, or is not sent again after an interruption.
 - `wanted` is never empty, and never reaches beyond the reply that is being read.
+- A request that was in flight when the daemon died is sent again alone: nothing else is unanswered
+  until it is answered. So a further death is met by nothing but the one that causes it, which is
+  not sent again after MOST_DEATHS.
 
 This module must not know sockets, event loops, threads, or what the calls mean.
 """
@@ -16,10 +19,19 @@ This module must not know sockets, event loops, threads, or what the calls mean.
 from __future__ import annotations
 
 from collections import deque
+from typing import Final
 
 import numpy as np
 
-from vswap.errors import NO_SLOTS, ProtocolError, VswapError, error_for
+from vswap.errors import (
+    NO_SLOTS,
+    U64,
+    DeadlyRequest,
+    ProtocolError,
+    Stopping,
+    VswapError,
+    error_for,
+)
 from vswap.pages import View
 from vswap.peer import Outcome
 from vswap.planner import Call, Frame
@@ -37,6 +49,10 @@ from vswap.protocol import (
     parse_header,
 )
 
+MOST_DEATHS: Final = 3
+"""A request that has met so many deaths of the daemon is given up. It may meet one or two that are
+not its own: somebody kills processes, or another client's request does."""
+
 
 class Conversation:
     """Requests out, replies in, in step."""
@@ -52,6 +68,10 @@ class Conversation:
         """Calls of which a request was not sent again, since nobody wants it now. For the owner to
         look at, and to clear."""
         self._last_id = 0
+        self._farewell = False
+        """Whether the daemon has said that it stops: then no request is to blame."""
+        self._part_sent = False
+        """Whether the last request was not sent whole: then it is not to blame."""
         self._header_bytes = bytearray(HEADER_BYTES)
         self._header_view = memoryview(self._header_bytes)
         self._header: Header | None = None
@@ -65,7 +85,14 @@ class Conversation:
     @property
     def full(self) -> bool:
         """Whether nothing may be sent before something is answered."""
-        return len(self._unanswered) >= self.window
+        return len(self._unanswered) >= self.window or self._alone
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a request that has met a death is unanswered, or is to be sent next."""
+        if not self._unanswered:
+            return False
+        return bool(self._unanswered[0][2].deaths or (self._again and self._again[0][1].deaths))
 
     @property
     def idle(self) -> bool:
@@ -83,7 +110,7 @@ class Conversation:
         None has two reasons: the window is `full`, or the call has nothing to send. What has to be
         sent once more goes before, whosever it is.
         """
-        if len(self._unanswered) >= self.window:
+        if self.full:
             return None
         owner, frame = self._once_more(shard)
         if owner is None and call is not None:
@@ -112,6 +139,7 @@ class Conversation:
             owner, old = self._again.popleft()
             frame = owner.again(old, shard)
             if frame is not None:
+                frame.deaths = old.deaths
                 return owner, frame
             owner.in_flight -= 1
             self.dropped.append(owner)
@@ -156,20 +184,31 @@ class Conversation:
             if owner is call and frame.op is Op.LOAD:
                 frame.targets = []  # it is not sent again
 
-    def interrupt(self) -> None:
+    def not_sent(self) -> None:
+        """The last request could not be sent whole, and cannot any more."""
+        self._part_sent = True
+
+    def interrupt(self) -> int:
         """The connection has broken, and is to be taken up again: nothing is awaited on it now.
 
         What was unanswered waits for `resume`, but for a HELLO, which belongs to one connection.
+
+        Returns:
+            How many deaths of the daemon one of them has met, at most.
         """
+        last = self._unanswered[-1][0] if self._part_sent and self._unanswered else None
         for request_id, call, frame in self._unanswered:
             if frame.op is not Op.HELLO:
+                frame.deaths += not self._farewell and request_id != last
                 self._interrupted.append((request_id, call, frame))
+        self._farewell = self._part_sent = False
         self.dropped.clear()
         self._interrupted += [(0, call, frame) for call, frame in self._again]
         self._again.clear()
         self._unanswered.clear()
         self._later.clear()
         self._header, self._text, self.wanted = None, None, self._header_view
+        return max((frame.deaths for *_, frame in self._interrupted), default=0)
 
     def resume(self, last: Outcome | None) -> None:
         """The connection has been taken up again.
@@ -184,7 +223,11 @@ class Conversation:
         interrupted, self._interrupted = self._interrupted, []
         for request_id, call, frame in interrupted:
             if last is None or not request_id or request_id != last.request_id:
-                self._again.append((call, frame))
+                if frame.deaths >= MOST_DEATHS:
+                    call.in_flight -= 1
+                    call.refuse(frame, _deadly(frame, call.named(frame)))
+                else:
+                    self._again.append((call, frame))
                 continue
             call.in_flight -= 1
             if last.status == Status.OK:
@@ -251,7 +294,9 @@ class Conversation:
         self._header, self._text, self.wanted = None, None, self._header_view
         body = bytes(text) if text is not None else b""
         if header.status != Status.OK and _closes(header.status):
-            raise self._error(header, body)
+            error = self._error(header, body)
+            self._farewell = isinstance(error, Stopping)
+            raise error
         _, call, frame = self._unanswered.popleft()
         call.in_flight -= 1
         if header.status == Status.OK:
@@ -269,6 +314,14 @@ class Conversation:
             slots, body = np.frombuffer(body[:end], "<u8").astype(np.uint64), body[end:]
         text = body.decode(errors="replace")
         return error_for(header.status, text, slots, flags=header.flags)
+
+
+def _deadly(frame: Frame, slots: U64) -> DeadlyRequest:
+    return DeadlyRequest(
+        f"the daemon died {frame.deaths} times, each time when it had this {frame.op.name} of"
+        f" {frame.count} pages: it is not sent again (the daemon's journal has the cause)",
+        slots,
+    )
 
 
 def _closes(status: int) -> bool:

@@ -96,7 +96,7 @@ class BadBuffer(VswapError, ValueError):  # noqa: N818
 
 
 class BadArgument(VswapError, ValueError):  # noqa: N818
-    """Steering with an argument that makes no sense; the text says what would."""
+    """An argument that makes no sense, of steering or of `connect`; the text says what would."""
 
     exit_code = 2
 
@@ -113,6 +113,19 @@ class NotAllowed(VswapError):  # noqa: N818
 
 class NoSpace(VswapError):  # noqa: N818
     """Page operations on a connection that is only for steering."""
+
+
+class DeadlyRequest(VswapError):  # noqa: N818
+    """The daemon, or one of its shards, died each time that it carried out a part of this call.
+
+    That part is not sent a fourth time, and was not carried out: no new slot was given for it, none
+    was freed. The connection is as usable as before, and other slots are as the call has left them.
+    `slots`: those that the part named. Where they were to be overwritten each of them has its old
+    page or its new one, or none if other parts were rejected (see the notes); else they are as they
+    were.
+    """
+
+    exit_code = 70
 
 
 class OutOfService(VswapError):  # noqa: N818
@@ -143,6 +156,8 @@ class NoDaemon(ConnectionLost):
 
 class TimedOut(ConnectionLost, TimeoutError):  # noqa: N818
     """The daemon was silent for longer than `timeout`; the connection was closed."""
+
+    exit_code = 75
 
 
 class ConnectionRefused(ConnectionLost):
@@ -247,13 +262,15 @@ def _rejected(code: int, text: str, slots: U64) -> VswapError:
 def merge(first: VswapError, second: VswapError) -> VswapError:
     """Two failures of one call, of different frames of it, as one.
 
-    An error that ends the connection goes before one that does not; then a rejection before others,
-    since it alone has changed slots, and every one of them has to be named. What is not said by the
-    error that is left stands in its notes.
+    An error that ends the connection goes before one that does not; then those that have changed
+    slots, or may have, since every one of them has to be named: a deadly request, of whose slots
+    least is known, before a rejection. What is not said by the error that is left stands in its
+    notes.
     """
     if _rank(second) > _rank(first):
         first, second = second, first
-    if type(first) is type(second):
+    deadly = isinstance(first, DeadlyRequest) and isinstance(second, Rejected)
+    if deadly or type(first) is type(second):
         first.slots = np.concatenate([first.slots, second.slots])
         if getattr(first, "reason", None) == getattr(second, "reason", None):
             return first
@@ -265,5 +282,7 @@ def merge(first: VswapError, second: VswapError) -> VswapError:
 
 def _rank(error: VswapError) -> int:
     if isinstance(error, ConnectionLost | ProtocolError):
+        return 3
+    if isinstance(error, DeadlyRequest):
         return 2
     return 1 if isinstance(error, Rejected) else 0

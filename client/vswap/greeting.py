@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import socket
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from vswap.address import client_name, open_socket
+from vswap.address import Search, client_name, open_socket, where_to_look
 from vswap.connection import Connection
 from vswap.conversation import Conversation
 from vswap.errors import (
@@ -29,6 +30,7 @@ from vswap.errors import (
 )
 from vswap.lane import Lane
 from vswap.peer import Peer, hello, parse_hello
+from vswap.waiting import Wait, check_patience, check_timeout
 from vswap.window import Window, window_of
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ AWAY: Final = (Broken, NoDaemon, Stopping)
 """The same without what one that is there may say, too."""
 FIRST_PAUSE_S: Final = 0.01
 LONGEST_PAUSE_S: Final = 0.25
+APART_S: Final = (0.0, 0.1, 2.0)
+"""By the deaths that they have met: within how many seconds requests are sent again. One is under
+way for some milliseconds: so an innocent one meets another's second death one time in ten, and its
+third one time in a hundred of these. Who kills a shard mostly does it once: few wait for long."""
+_CHANCE: Final = random.SystemRandom()
+"""Processes that were forked from one are not to choose the same."""
 DYING_S: Final = 2.0
 """How long a new connection that breaks is made again: a shard of the daemon may just be dying."""
 
@@ -59,27 +67,32 @@ def greet(
     window: int = 0,
     patience: float = PATIENCE_S,
     name: str | None = None,
+    extend: Callable[[], bool] | None = None,
 ) -> tuple[Connection, Peer, Window | None]:
     """An open connection that HELLO has been said on, and its window.
 
+    Most arguments are those of `vswap.connect`. With `control` it is for steering, and no space is
+    opened; for `extend` see `Lane.extend`.
+
     Raises:
-        ValueError: `timeout`, `window` or `patience` make no sense.
+        BadArgument: `timeout`, `window` or `patience` make no sense.
         NoDaemon, ConnectionRefused, ConnectionLost, ProtocolError: there is none.
     """
-    check_patience(patience)
+    timeout, patience = check_timeout(timeout), check_patience(patience)
     client = client_name(label)
 
     def call() -> Ask:
         return hello(client, control=control, window_bytes=window, name=name)
 
     home, peer, found, shared = _first_lane(path, timeout, call, patience)
+    home.extend = extend
     kept = peer.resumable and not control
     patience = patience if kept else 0.0
     door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)
     resume = door.resume if patience else None
     # Also without patience: the daemon does not know that nobody will come back.
     forgo = door.forgo if kept and not name else None
-    return Connection(home, peer.shards, timeout, door.open_lane, resume, forgo), peer, shared
+    return Connection(home, peer.shards, door.open_lane, resume, forgo), peer, shared
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +116,12 @@ class _Door:
     def open_lane(self, shard: int) -> Lane:
         """A lane to another shard; waits for a daemon that is away. Raises: as `greet`."""
         begin = time.monotonic()
+        search = Search(self.path)
+        wait = away(search, self.patience) if self.patience else not_answering(search, self.timeout)
         while True:
             call = hello(self.client, shard=shard, token=self.token, name=self.name)
-            left = max(FIRST_PAUSE_S, begin + self.patience - time.monotonic())
-            patience = left if self.patience else None
             try:
-                lane, there, *_ = _lane(self.path, self.timeout, call, patience)
+                lane, there, *_ = _lane(search, self.timeout, call, wait, away=self.patience > 0)
                 break
             except SpaceBusy:
                 # The client before this one has gone, and this shard is about to see it.
@@ -116,7 +129,7 @@ class _Door:
                     raise
             except AWAY as error:
                 stays_away = isinstance(error, Stopping) and not self.kept
-                if stays_away or time.monotonic() + FIRST_PAUSE_S > begin + self.patience:
+                if stays_away or not self.patience or wait.over():
                     raise
             time.sleep(FIRST_PAUSE_S)
         if there.shard != shard:
@@ -134,14 +147,18 @@ class _Door:
         """
         if isinstance(why, Stopping) and not self.kept:
             raise why
-        end = time.monotonic() + self.patience
+        search = Search(self.path)
+        wait = away(search, self.patience)
         pause = FIRST_PAUSE_S
+        pause_first = apart(lane.interrupt())
         while True:
             try:
-                return self._take_up(lane, max(FIRST_PAUSE_S, end - time.monotonic()))
+                self._take_up(lane, search, wait, pause_first)
             except COMING_BACK as error:
-                if time.monotonic() + pause > end:
+                if wait.over() or (wait.left_s or 0.0) < pause:
                     raise not_back(why, self.patience, error) from error
+            else:
+                return
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -149,7 +166,7 @@ class _Door:
         """See `forgo`."""
         forgo(self.path, self.client, shard, self.token)
 
-    def _take_up(self, lane: Lane, patience: float) -> None:
+    def _take_up(self, lane: Lane, search: Search, wait: Wait, pause: float) -> None:
         shared = self.window if lane.shard == self.home else None
         wish = 0 if shared is None else shared.wish
         call = hello(
@@ -160,9 +177,9 @@ class _Door:
             resume=True,
             name=self.name,
         )
-        sock, _ = open_socket(self.path, patience)
+        sock, _ = open_socket(search, wait)
         lane.reopen(sock)
-        descriptor = lane.greet(call, patience)
+        descriptor = lane.greet(call, wait, away=True)
         try:
             there = parse_hello(call.result())
             check_same(there, lane.shard)
@@ -172,6 +189,7 @@ class _Door:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+        lane.be_quiet(pause)
         lane.conversation.window = there.window
         lane.conversation.resume(there.last)
 
@@ -184,9 +202,11 @@ def _first_lane(
 ) -> tuple[Lane, Peer, Path, Window | None]:
     """As `_lane`; a daemon whose shard dies with the connection is asked once more."""
     end = time.monotonic() + min(patience, DYING_S)
+    search = Search(path)
+    wait = not_answering(search, timeout)
     while True:
         try:
-            return _lane(path, timeout, call())
+            return _lane(search, timeout, call(), wait)
         except Broken:
             if time.monotonic() > end:
                 raise
@@ -194,17 +214,23 @@ def _first_lane(
 
 
 def _lane(
-    path: str | os.PathLike[str] | None,
-    timeout: float | None,
-    call: Ask,
-    patience: float | None = None,
+    search: Search, timeout: float | None, call: Ask, wait: Wait, *, away: bool = False
 ) -> tuple[Lane, Peer, Path, Window | None]:
-    """A lane that HELLO has been said on, what was answered, where, and the window."""
-    sock, found = open_socket(path, timeout if patience is None else patience)
+    """A lane that HELLO has been said on, what was answered, where, and the window.
+
+    Args:
+        search: the places to try.
+        timeout: for the calls over the lane.
+        call: HELLO.
+        wait: for the lane.
+        away: as for `Lane.greet`.
+    """
+    sock, found = open_socket(search, wait)
+    wait.sign()
     with contextlib.ExitStack() as undo:
         undo.callback(sock.close)
-        lane = Lane(sock, timeout)
-        descriptor = lane.greet(call, patience)
+        lane = Lane(sock, timeout, lambda sock: silent(found, sock))
+        descriptor = lane.greet(call, wait, away=away)
         if descriptor is not None:
             undo.callback(os.close, descriptor)
         peer = parse_hello(call.result())
@@ -223,7 +249,7 @@ def forgo(path: Path, client: str, shard: int, token: str | None) -> None:
     frame = Conversation().request(hello(client, shard=shard, token=token, resume=True), shard)
     assert frame is not None
     with contextlib.suppress(NoDaemon, OSError):
-        sock, _ = open_socket(path, FIRST_PAUSE_S)
+        sock, _ = open_socket(Search(path), Wait(FIRST_PAUSE_S, str))
         with sock:
             sock.sendmsg(frame, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -238,14 +264,37 @@ def check_same(there: Peer, shard: int) -> None:
         raise SpaceLost("another daemon answers now: connect again and store anew")
 
 
-def check_patience(patience: float) -> None:
-    """Refuse what is no number of seconds.
+def silent(path: Path, sock: socket.socket | None = None) -> str:
+    """What is said of a daemon that does not answer. `sock`: connected to it."""
+    return f"vswapd is not answering at {path}: {where_to_look(path, sock)}"
 
-    Raises:
-        ValueError: it is none.
+
+def not_answering(search: Search, timeout: float | None) -> Wait:
+    """A wait for a daemon that is expected to be there."""
+    return Wait(timeout, lambda: silent(search.place, search.sock))
+
+
+def away(search: Search, patience: float) -> Wait:
+    """A wait for one that has been there, and may come back."""
+    path = search.place
+    return Wait(
+        patience,
+        lambda: f"vswapd has gone from {path}, and is waited for: {where_to_look(path)}",
+        whole=True,
+    )
+
+
+def apart(deaths: int) -> float:
+    """Seconds to let pass before what was under way on a lane is sent again: some, by chance.
+
+    Several clients had requests under way on a shard that has died, and one may have died of: that
+    is known when it meets the next deaths, too, and alone. So each of them comes back at another
+    time. It is the daemon that is back at one time for all: they wait after HELLO.
+
+    Args:
+        deaths: how many the requests have met that were under way, at most.
     """
-    if not patience >= 0:
-        raise ValueError(f"patience is a number of seconds, 0 or more, not {patience!r}")
+    return _CHANCE.uniform(0.0, APART_S[min(deaths, len(APART_S) - 1)])
 
 
 def not_back(why: Exception, patience: float, last: Exception) -> ConnectionLost:

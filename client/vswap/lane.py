@@ -21,21 +21,23 @@ import errno
 import os
 import select
 import socket
-import struct
+import time
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from vswap.address import hung_up
+from vswap.address import hung_up, limit_receive_or_send
 from vswap.conversation import Conversation
-from vswap.errors import Broken, NoDaemon, Stopping, TimedOut
+from vswap.errors import Broken, ConnectionLost, NoDaemon, Stopping, TimedOut
 from vswap.protocol import MAX_BATCH
+from vswap.waiting import NOTICE_S, Wait
 from vswap.window import receive
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vswap.pages import View
     from vswap.planner import Call
 
 _SEND_FLAGS: Final = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-_TIMEVAL: Final = struct.Struct("@ll")
 _GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET})
 _SAID_NOTHING: Final = "the daemon closed the connection (did it stop, or die?)"
 
@@ -47,15 +49,26 @@ class Lane:
         sock: Connected and blocking; closed by `close`.
         timeout: Seconds of silence in the middle of a call after which the daemon is given up;
             None: wait for ever.
+        silent: What to say of it when it is silent; it is given the socket.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float | None) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        timeout: float | None,
+        silent: Callable[[socket.socket], str] = lambda _: "vswapd is not answering",
+    ) -> None:
         self.shard = 0
         """Which shard answers. Written by whoever has said HELLO."""
         self.conversation: Final = Conversation()
         self.broken = False
         """Whether the socket has ended without a word; `reopen` may help."""
         self._timeout = timeout
+        self._silent = silent
+        self.extend: Callable[[], bool] | None = None
+        """Asked when it has been silent for `timeout`: whether to wait on all the same."""
+        self._first_step = NOTICE_S if timeout is None else min(timeout, NOTICE_S)
+        """Seconds of silence after which there may be something to be said or done."""
         self._outgoing: list[View] = []
         """What is left of a frame that could not be sent whole; of calls over several lanes."""
         self._use(sock)
@@ -63,15 +76,11 @@ class Lane:
     def _use(self, sock: socket.socket) -> None:
         self.sock = sock
         self._poll = select.poll()
-        if self._timeout is not None:
-            self._limit_silence(self._timeout)
+        self._limit_silence(self._first_step)
         self._poll.register(sock, select.POLLIN | select.POLLOUT)
 
     def _limit_silence(self, seconds: float | None) -> None:
-        # The kernel's own timeout costs nothing; Python's would poll before every receive.
-        whole = int(seconds or 0)
-        value = (0, 0) if seconds is None else (whole, max(1, int((seconds - whole) * 1e6)))
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.pack(*value))
+        limit_receive_or_send(self.sock, socket.SO_RCVTIMEO, seconds)
 
     @property
     def gone(self) -> bool:
@@ -81,10 +90,28 @@ class Lane:
     def reopen(self, sock: socket.socket) -> None:
         """Go on over another socket. HELLO is to be said there, then `conversation.resume`."""
         self.sock.close()
-        self._outgoing.clear()
-        self.conversation.interrupt()
+        self.interrupt()
         self._use(sock)
         self.broken = False
+
+    def interrupt(self) -> int:
+        """Let go of what was under way, until it is taken up again; see Conversation.interrupt."""
+        if self._outgoing:
+            self.conversation.not_sent()
+            self._outgoing.clear()
+        return self.conversation.interrupt()
+
+    def be_quiet(self, seconds: float) -> None:
+        """Let some time pass in which nothing is asked; the daemon may end the connection in it.
+
+        Raises:
+            ConnectionLost, ProtocolError: as `exchange`.
+        """
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        end = time.monotonic() + seconds
+        while poll.poll(max(0.0, end - time.monotonic()) * 1000):
+            self.pull()
 
     def close(self) -> None:
         """Close the socket, and let go of the calls."""
@@ -115,17 +142,42 @@ class Lane:
         try:
             while not self._send_some(buffers):
                 self._wait()
+        except ConnectionLost:
+            self.conversation.not_sent()
+            raise
         finally:
             buffers.clear()  # a traceback must not hold the caller's memory
 
     def _wait(self) -> None:
         """Wait until something can be sent; read the replies that come before."""
-        limit = None if self._timeout is None else self._timeout * 1000
-        ready = self._poll.poll(limit)
-        if not ready:
-            raise self.silence()
+        ready = self.wait_for(self._poll)
         if ready[0][1] & select.POLLIN:
             self._read_reply()
+
+    def wait_for(self, poll: select.poll) -> list[tuple[int, int]]:
+        """What is ready of what is polled, once something is.
+
+        Raises:
+            TimedOut: the daemon was silent for too long.
+        """
+        ready = poll.poll(self._first_step * 1000)
+        if not ready:
+            wait = self._wait_on()
+            while not ready:
+                if wait.over():
+                    raise self.silence()
+                ready = poll.poll(_ms(wait.step_s()))
+            wait.end()
+        return ready
+
+    def _wait_on(self) -> Wait:
+        """The rest of a wait that has lasted for its first step."""
+        return Wait(
+            self._timeout,
+            lambda: self._silent(self.sock),
+            extend=self.extend,
+            passed_s=self._first_step,
+        )
 
     def _read_reply(self) -> None:
         conversation = self.conversation
@@ -133,7 +185,8 @@ class Lane:
             try:
                 count = self.sock.recv_into(conversation.wanted, 0, socket.MSG_WAITALL)
             except BlockingIOError:
-                raise self.silence() from None
+                self._await_reply()
+                continue
             except OSError as error:
                 raise self._break(f"the connection to the daemon broke: {error}") from error
             if not count:
@@ -141,14 +194,26 @@ class Lane:
             if self._arrived(count):
                 return
 
-    def greet(self, call: Call, patience: float | None = None) -> int | None:
+    def _await_reply(self) -> None:
+        """Nothing has come for the first step of a wait: wait on, until something does."""
+        wait = self._wait_on()
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        while True:
+            if wait.over():
+                raise self.silence()
+            if poll.poll(_ms(wait.step_s())):
+                wait.end()
+                return
+
+    def greet(self, call: Call, wait: Wait, *, away: bool) -> int | None:
         """Carry HELLO through; returns the descriptor that came with the answer, if any did.
 
         Args:
             call: HELLO.
-            patience: Seconds for which a daemon is waited for that is not back yet: it has been
-                connected to, since somebody listens for it, but nobody may answer for long, or
-                ever. None: it is there, and as silent as any other may be.
+            wait: For its answer, all of it.
+            away: Whether the daemon may not be back yet: it has been connected to, since somebody
+                listens for it, but nobody may answer for long, or ever.
 
         Raises:
             ConnectionLost, ProtocolError: as `exchange`.
@@ -156,28 +221,36 @@ class Lane:
         buffers = self.conversation.request(call, self.shard)
         assert buffers is not None
         self._send(buffers)
-        if patience is not None:
-            self._limit_silence(patience)
-        try:
-            count, descriptor = receive(self.sock, self.conversation.wanted)
-        except BlockingIOError:
-            silent = self.silence() if patience is None else NoDaemon("nobody answers there")
-            raise silent from None
-        except OSError as error:
-            raise self._break(f"the connection to the daemon broke: {error}") from error
-        if not count:
-            raise self._break(_SAID_NOTHING)
-        if patience is not None:
-            self._limit_silence(self._timeout)
+        self._await_greeting(wait, away=away)
+        count, descriptor = self._receive_first()
         try:
             self._arrived(count)
-            if call.in_flight:
-                self._read_reply()
+            while call.in_flight:
+                self._await_greeting(wait, away=away)
+                self.pull()
         except BaseException:
             if descriptor is not None:
                 os.close(descriptor)
             raise
+        wait.end()
         return descriptor
+
+    def _await_greeting(self, wait: Wait, *, away: bool) -> None:
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        while not poll.poll(_ms(wait.step_s())):
+            if wait.over():
+                raise NoDaemon("nobody answers there") if away else self.silence()
+
+    def _receive_first(self) -> tuple[int, int | None]:
+        """Bytes, and the descriptor that came with them."""
+        try:
+            count, descriptor = receive(self.sock, self.conversation.wanted)
+        except OSError as error:
+            raise self._break(f"the connection to the daemon broke: {error}") from error
+        if not count:
+            raise self._break(_SAID_NOTHING)
+        return count, descriptor
 
     # For several: without waiting
 
@@ -199,8 +272,12 @@ class Lane:
                 self._outgoing = self.conversation.request(call, self.shard) or []
                 if not self._outgoing:
                     return True
-            if not self._send_some(self._outgoing):
-                return False
+            try:
+                if not self._send_some(self._outgoing):
+                    return False
+            except ConnectionLost:
+                self.conversation.not_sent()
+                raise
 
     def pull(self) -> None:
         """Read what has arrived, to the end of one reply at most.
@@ -275,4 +352,10 @@ class Lane:
 
     def silence(self) -> TimedOut:
         """The error for a daemon that says nothing."""
-        return TimedOut(f"the daemon was silent for {self._timeout} s; the connection is closed")
+        said = self._silent(self.sock)
+        return TimedOut(f"{said} (it was silent for {self._timeout} s; the connection is closed)")
+
+
+def _ms(seconds: float | None) -> float | None:
+    """As poll(2) takes it."""
+    return None if seconds is None else seconds * 1000

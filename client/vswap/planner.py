@@ -25,8 +25,10 @@ from typing import Final
 import numpy as np
 
 from vswap.errors import (
+    NO_SLOTS,
     U64,
     BadBuffer,
+    DeadlyRequest,
     DuplicateSlot,
     ProtocolError,
     VswapError,
@@ -58,6 +60,7 @@ class Frame:
     __slots__ = (
         "body",
         "count",
+        "deaths",
         "flags",
         "held",
         "op",
@@ -93,6 +96,8 @@ class Frame:
         waits any more."""
         self.undoes: list[View] = []
         """The slots that a FREE gives back for a store that failed."""
+        self.deaths = 0
+        """How often the daemon has died when this was unanswered. Written by Conversation."""
         self.shard = 0
         """Where new slots were given out, so that they can be freed there."""
 
@@ -152,6 +157,11 @@ class Call:
         if self.error is not None or self.abandoned:
             return None
         return self.frame(frame.where, frame.count, shard)
+
+    def named(self, frame: Frame) -> U64:
+        """The slots that a frame names."""
+        del frame
+        return NO_SLOTS
 
     def accept(self, frame: Frame, body: bytes) -> None:
         """A frame succeeded; its targets are full. `body`: the text, where it had no targets."""
@@ -229,6 +239,10 @@ class SlotsCall(Call):
             return self._slot_bytes[where.start * SLOT_BYTES : where.stop * SLOT_BYTES]
         return self.slots[where].view(np.uint8).data
 
+    def named(self, frame: Frame) -> U64:
+        """Those at its places."""
+        return self.slots[frame.where]
+
     def accept(self, frame: Frame, body: bytes) -> None:
         """Remember the frame's slots as done."""
         del body
@@ -277,8 +291,14 @@ class Overwrite(SlotsCall):
         return frame
 
     def again(self, frame: Frame, shard: int) -> Frame | None:
-        """Also after an error: whoever is told of it is to know what became of each slot."""
+        """Also after an error: whoever is told of it is to know what became of each slot.
+
+        But for a frame that may have killed the daemon as well as the one that is known to.
+        """
         if self.abandoned:
+            return None
+        if isinstance(self.error, DeadlyRequest) and frame.deaths:
+            self.refuse(frame, DeadlyRequest(str(self.error), self.named(frame)))
             return None
         return self.frame(frame.where, frame.count, shard)
 

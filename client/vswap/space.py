@@ -58,7 +58,9 @@ def connect(
             ($XDG_RUNTIME_DIR/vswapd.sock, /tmp/vswapd-UID/vswapd.sock), else the system's
             (/run/vswapd.sock).
         timeout: Seconds of silence after which a daemon that is there is given up, and the
-            connection closed; None: wait for ever.
+            connection closed, up to 1,000,000; None: wait for ever. Either way a wait of more than
+            a second is a warning of the logger `vswap`, which Python writes to standard error if
+            the program has not configured logging.
         name: Of a space that outlives this client: its pages stay, and whoever of the same user
             connects with the name again has them (see `Space.slots`), one client at a time. Among
             them may be parts of a store of more than one frame that did not return, since its
@@ -67,13 +69,14 @@ def connect(
         label: How the daemon's status names this client. Default: the program's name.
         window: Bytes of memory to share with the daemon, for `Space.buffer`; it may give less, or
             none. 0: none is asked for.
-        patience: Seconds for which a daemon that has died is waited for, whatever `timeout` is.
+        patience: Seconds for which a daemon that has died is waited for, whatever `timeout` is, up
+            to 1,000,000; 0: it is not. Such a wait is a warning, too.
             Where a service manager keeps its memory, calls go on afterwards as if nothing had
             happened. Only calls notice; the space is kept for this process meanwhile, however
             long it makes none.
 
     Raises:
-        ValueError: `timeout`, `window` or `patience` make no sense.
+        BadArgument: `timeout`, `window` or `patience` make no sense; it is a ValueError, too.
         NoDaemon: none answers.
         ConnectionRefused: it has as many connections as it takes.
         ProtocolError: what answers is no daemon that this client can talk to.

@@ -245,7 +245,7 @@ def alone(sock: socket.socket, timeout: float) -> Connection:
 
     lane = Lane(sock, timeout)
     lane.conversation.window = 1000
-    return Connection(lane, 1, timeout, no_lane)
+    return Connection(lane, 1, no_lane)
 
 
 def test_a_daemon_that_does_not_read_is_timed_out(socket_path: Path) -> None:

@@ -46,6 +46,8 @@ class MortalDaemon(FakeDaemon):
         self.dying = False
         self.spared = 0
         """Requests that no death meets."""
+        self.mercy = 0
+        """So many are spared after each death: what meets three is given up."""
         self.full = 0
         """Stores that are rejected."""
         self.life = 0
@@ -116,6 +118,7 @@ class MortalDaemon(FakeDaemon):
             how = self.deaths.pop(0)[1]
             self.died += 1
             self.dying = True
+            self.spared = self.mercy
         if how == "before":
             return b""
         self._next_slot = (shard << 56) + self.next_of[shard]
@@ -361,6 +364,7 @@ def test_tasks_go_on_over_deaths(mortal: MortalDaemon) -> None:
     mortal.deaths = [
         (chooser.choice([Op.STORE, Op.LOAD, Op.FREE]), chooser.choice(HOW)) for _ in range(25)
     ]
+    mortal.mercy = 10
 
     async def one(space: vswap.aio.Space, seed: int) -> None:
         for turn in range(4):

@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any, Self
 
-from vswap.greeting import greet
+from vswap.errors import VswapError
+from vswap.greeting import greet, silent
 from vswap.peer import parse_document
 from vswap.planner import Ask
 from vswap.protocol import Op
 
 if TYPE_CHECKING:
     import os
+    import socket
+    from pathlib import Path
 
 
 class Control:
@@ -22,12 +25,15 @@ class Control:
 
     Args:
         path: The daemon's socket; default as for `vswap.connect`.
-        timeout: Seconds of silence after which the daemon is given up; None: wait for ever. Verbs
-            that move much data (swapoff) are silent until they are done.
+        timeout: Seconds of silence after which the daemon is given up, as for `vswap.connect`;
+            None: wait for ever. Verbs may be silent for long, until they are done (swapoff): then
+            it is asked on another connection whether it is there, and waited for as long as it is.
         name: How the daemon names this client. Default: the program's name.
 
     Raises:
+        BadArgument: `timeout` makes no sense.
         NoDaemon: none answers.
+        TimedOut: one is there, and silent.
     """
 
     def __init__(
@@ -37,7 +43,12 @@ class Control:
         timeout: float | None = None,
         name: str | None = None,
     ) -> None:
-        self._connection, self.peer, _ = greet(path, timeout, name, control=True)
+        self._path = path
+        self._timeout = timeout
+        self._name = name
+        self._verb: str | None = None
+        """What is being carried out."""
+        self._connection, self.peer, _ = greet(path, timeout, name, control=True, listener=self)
 
     def status(self) -> dict[str, Any]:
         """The daemon's status document; anybody may ask for it."""
@@ -55,8 +66,33 @@ class Control:
         """
         text = json.dumps({"verb": verb, **arguments}).encode()
         call = Ask(Op.CONTROL, text)
-        self._connection.run(call)
+        self._verb = verb
+        try:
+            self._connection.run(call)
+        finally:
+            self._verb = None
         return parse_document(call.result(), f"answer to {verb}")
+
+    def silent(self, path: Path, sock: socket.socket) -> str:
+        """See greeting.Listener."""
+        if self._verb is None:
+            return silent(path, sock)
+        return f"vswapd at {path} has not finished {self._verb} yet"
+
+    def waits_on(self) -> bool:
+        """See greeting.Listener. Asks the shard that owes the answer."""
+        verb, self._verb = self._verb, None
+        if verb is None:
+            return False
+        try:
+            again, *_ = greet(
+                self._path, self._timeout, self._name, control=True, shard=self.peer.shard
+            )
+        except VswapError:
+            return False
+        again.close()
+        self._verb = verb
+        return True
 
     def close(self) -> None:
         """End the connection."""

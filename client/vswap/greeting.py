@@ -14,7 +14,7 @@ import random
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from vswap.address import Search, client_name, open_socket, where_to_look
 from vswap.connection import Connection
@@ -58,6 +58,16 @@ DYING_S: Final = 2.0
 """How long a new connection that breaks is made again: a shard of the daemon may just be dying."""
 
 
+class Listener(Protocol):
+    """Who knows better what the silence of a daemon means."""
+
+    def silent(self, path: Path, sock: socket.socket) -> str:
+        """What to say of it. See `silent`."""
+
+    def waits_on(self) -> bool:
+        """Whether to wait on although it was silent for `timeout`."""
+
+
 def greet(
     path: str | os.PathLike[str] | None,
     timeout: float | None,
@@ -67,12 +77,14 @@ def greet(
     window: int = 0,
     patience: float = PATIENCE_S,
     name: str | None = None,
-    extend: Callable[[], bool] | None = None,
+    shard: int | None = None,
+    listener: Listener | None = None,
 ) -> tuple[Connection, Peer, Window | None]:
     """An open connection that HELLO has been said on, and its window.
 
     Most arguments are those of `vswap.connect`. With `control` it is for steering, and no space is
-    opened; for `extend` see `Lane.extend`.
+    opened; `shard` is to answer, if it matters; `listener` is asked when there is silence, from
+    HELLO's answer on.
 
     Raises:
         BadArgument: `timeout`, `window` or `patience` make no sense.
@@ -82,10 +94,12 @@ def greet(
     client = client_name(label)
 
     def call() -> Ask:
-        return hello(client, control=control, window_bytes=window, name=name)
+        return hello(client, control=control, shard=shard, window_bytes=window, name=name)
 
     home, peer, found, shared = _first_lane(path, timeout, call, patience)
-    home.extend = extend
+    if listener is not None:
+        home.silent = lambda sock: listener.silent(found, sock)
+        home.extend = listener.waits_on
     kept = peer.resumable and not control
     patience = patience if kept else 0.0
     door = _Door(found, timeout, client, peer.token, home.shard, shared, patience, peer.kept, name)

@@ -64,7 +64,8 @@ class Lane:
         self.broken = False
         """Whether the socket has ended without a word; `reopen` may help."""
         self._timeout = timeout
-        self._silent = silent
+        self.silent = silent
+        """What to say of a daemon that is silent."""
         self.extend: Callable[[], bool] | None = None
         """Asked when it has been silent for `timeout`: whether to wait on all the same."""
         self._first_step = NOTICE_S if timeout is None else min(timeout, NOTICE_S)
@@ -174,7 +175,7 @@ class Lane:
         """The rest of a wait that has lasted for its first step."""
         return Wait(
             self._timeout,
-            lambda: self._silent(self.sock),
+            lambda: self.silent(self.sock),
             extend=self.extend,
             passed_s=self._first_step,
         )
@@ -352,7 +353,7 @@ class Lane:
 
     def silence(self) -> TimedOut:
         """The error for a daemon that says nothing."""
-        said = self._silent(self.sock)
+        said = self.silent(self.sock)
         return TimedOut(f"{said} (it was silent for {self._timeout} s; the connection is closed)")
 
 

@@ -4,15 +4,18 @@ Invariants:
 - Whatever goes wrong between here and the daemon is one line on standard error that says what to
   do, and the exit code that the manual names for it; never a traceback.
 - Standard output holds the answer and nothing else.
+- Nothing is waited for without a word: what the client library warns of is told on standard error.
 
 This module must not know what the verbs print.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import vswap
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     try:
-        code = verbs.VERBS[options.verb](options)
+        with _warnings_told():
+            code = verbs.VERBS[options.verb](options)
         sys.stdout.flush()
     except vswap.VswapError as error:
         return _fail(_told(error), _exit_code(error))
@@ -57,6 +61,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code
+
+
+class _Tell(logging.Handler):
+    """What the client library says, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One line."""
+        with contextlib.suppress(OSError):
+            print(f"vswapctl: {record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    library, tell = logging.getLogger("vswap"), _Tell(logging.WARNING)
+    library.addHandler(tell)
+    try:
+        yield
+    finally:
+        library.removeHandler(tell)
 
 
 def _fail(text: str, code: int) -> int:

@@ -11,12 +11,17 @@ from typing import TYPE_CHECKING, Final
 
 import shtab
 
+from vswap.waiting import LONGEST_S
 from vswapd import sizes
 from vswapd.config import GROUP_KEYS, RELOADABLE
 
 if TYPE_CHECKING:
     _Verbs = argparse._SubParsersAction[argparse.ArgumentParser]  # noqa: SLF001 - its only name
 
+TIMEOUT_S: Final = 10.0
+"""A daemon that is there answers in milliseconds; one that has a shard that does not, in five
+seconds; one that is started again by its service manager is there after one or two."""
+SHORTEST_S: Final = 0.1
 SHELLS: Final = ("bash", "zsh", "fish")
 _LIVE_KEYS: Final = tuple(
     f"{key.replace('*', 'default')}=" for key in sorted({*RELOADABLE, *GROUP_KEYS})
@@ -29,8 +34,8 @@ daemon runs as. Sizes are written as 512M or 1.5G: K, M, G and T are powers of 1
 """
 _EPILOG: Final = """\
 Exit codes: 0, done. 1, the daemon could not do it, or `verify` found something wrong. 2, the
-command line is wrong, or the daemon says so. 69, no daemon answers. 76, daemon and vswapctl are of
-different versions. 77, not permitted.
+command line is wrong, or the daemon says so. 69, no daemon can be reached. 75, one is there and does
+not answer: try again later. 76, daemon and vswapctl are of different versions. 77, not permitted.
 """
 
 
@@ -57,6 +62,14 @@ def build_parser() -> argparse.ArgumentParser:
             help="the daemon's socket; default: $VSWAP_SOCKET, else the user's own daemon "
             "($XDG_RUNTIME_DIR/vswapd.sock), else the system's (/run/vswapd.sock)",
         )
+    )
+    parser.add_argument(
+        "--timeout",
+        type=_timeout,
+        default=TIMEOUT_S,
+        metavar="SECONDS",
+        help=f"give a daemon up that does not answer for so long (default {TIMEOUT_S:g}; 0 or none: "
+        "wait for ever); a verb that takes longer is waited for as long as the daemon is there",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     _add_status(verbs)
@@ -285,6 +298,22 @@ def _priority(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 32767:  # noqa: PLR2004 - swapon(8)'s
         raise argparse.ArgumentTypeError(f"{text!r}: write a whole number, 0 to 32767")
     return int(text)
+
+
+def _timeout(text: str) -> float | None:
+    if text == "none":
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if seconds == 0:
+        return None
+    if not SHORTEST_S <= seconds <= LONGEST_S:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write seconds, {SHORTEST_S} to {LONGEST_S:.0f}, or none"
+        )
+    return seconds
 
 
 def _interval(text: str) -> float:

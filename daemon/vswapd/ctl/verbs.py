@@ -41,7 +41,7 @@ Options = argparse.Namespace
 
 
 def _control(options: Options) -> Control:
-    return Control(options.socket, name=NAME)
+    return Control(options.socket, timeout=options.timeout, name=NAME)
 
 
 def _console(columns: int = COLUMNS) -> Console:

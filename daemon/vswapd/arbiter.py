@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from vswapd.claims import Claim, Claims, Connected, Known, Question, Verdict
-from vswapd.errors import OutOfServiceError
+from vswapd.errors import OutOfServiceError, SilentShardError
 from vswapd.forking import Child
 from vswapd.groups import Holder
 from vswapd.messages import Inherit
@@ -92,7 +92,7 @@ class Arbiter:
                 try:
                     async with asyncio.timeout(_PATIENCE_S):
                         return bool(await self._ask(self._children[shard], question))
-                except TimeoutError:
+                except (TimeoutError, SilentShardError):
                     return True  # as far as anybody can tell
             case Known():
                 return await self._any(question)

@@ -7,8 +7,8 @@ Python objects; both ends are the same program, and nobody else has the socket.
 
 Invariants:
 - Messages arrive in the order in which they were sent, each with its descriptors.
-- Each request gets one answer: a value, an error that is raised where the request was made, or
-  ChannelClosedError.
+- Each request gets one answer: a value, an error that is raised where the request was made,
+  ChannelClosedError, or ChannelSilentError if the other end gives no sign of life.
 - Sending never waits: what the socket does not take at once is kept.
 
 This module must not know what the messages mean.
@@ -46,14 +46,20 @@ def _reduce(mapping: MappingProxyType[Any, Any]) -> tuple[Any, ...]:
 
 # Settings hold read-only mappings: pickle knows neither what is in them nor where their type is.
 copyreg.pickle(MappingProxyType, _reduce)
-_REQUEST, _VALUE, _ERROR, _NEWS = range(4)
+_REQUEST, _VALUE, _ERROR, _NEWS, _PING, _PONG = range(6)
 _READ: Final = 256 * 1024
 MOST_DESCRIPTORS: Final = 16
 """In one message."""
+_LOOK_S: Final = 1.0
+"""What is not answered in so long is a reason to ask for a sign of life."""
 
 
 class ChannelClosedError(Exception):
     """The other process has gone."""
+
+
+class ChannelSilentError(Exception):
+    """The other process is there, and gives no sign of life: it is stopped, or hangs."""
 
 
 Handler = Callable[[Any, list[int]], Awaitable[Any]]
@@ -84,6 +90,10 @@ class Channel:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._last_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._sign: asyncio.Future[None] = self._loop.create_future()
+        """What ends when the other end has given the last sign of life that it was asked for."""
+        self._sign.set_result(None)
+        self._sign_asked_at = 0.0
         self._open = True
         sock.setblocking(False)
         self._loop.add_reader(sock, self._readable)
@@ -95,16 +105,28 @@ class Channel:
         if self._open:
             self._send(_NEWS, 0, message, descriptors)
 
-    async def ask(self, message: object, descriptors: Sequence[int] = ()) -> Any:
+    async def ask(
+        self, message: object, descriptors: Sequence[int] = (), silence_s: float | None = None
+    ) -> Any:
         """Send a request and wait for its answer.
+
+        Args:
+            message: what is asked.
+            descriptors: what goes with it; they stay the caller's.
+            silence_s: seconds after which an end that gives no sign of life is given up, and what
+                it answers later is forgotten; None: never.
 
         Raises:
             ChannelClosedError: the other end has gone, now or meanwhile.
+            ChannelSilentError: it gives no sign of life. If it did not when this was asked, nothing
+                was sent; else the request may still be carried out.
             OutOfServiceError: there are no descriptors to send it with; nothing was sent.
             Exception: whatever the other end's handler raised.
         """
         if not self._open:
             raise ChannelClosedError("the other process has gone")
+        if silence_s is not None and self.silent(silence_s):
+            raise ChannelSilentError("the other process gives no sign of life")
         self._last_id += 1
         number = self._last_id
         answer = self._loop.create_future()
@@ -114,9 +136,34 @@ class Channel:
                 self._send(_REQUEST, number, message, descriptors)
             except OSError as error:
                 raise OutOfServiceError(f"{error.strerror}: raise RLIMIT_NOFILE") from None
+            while silence_s is not None and not answer.done():
+                await asyncio.wait([answer], timeout=_LOOK_S)
+                if not answer.done() and not await self.answers(silence_s):
+                    raise ChannelSilentError("the other process gives no sign of life")
             return await answer
         finally:
             self._asked.pop(number, None)
+
+    def silent(self, seconds: float) -> bool:
+        """Whether the other end owes a sign of life for so long already."""
+        return not self._sign.done() and self._loop.time() - self._sign_asked_at >= seconds
+
+    async def answers(self, within_s: float) -> bool:
+        """Whether the other end's event loop moves: asks it for a sign of life.
+
+        Args:
+            within_s: seconds after which it does not. One that owes a sign for so long already is
+                not waited for again.
+        """
+        if self._open and self._sign.done():
+            self._sign = self._loop.create_future()
+            self._sign_asked_at = self._loop.time()
+            self._send(_PING, 0, None, ())
+        sign = self._sign
+        left = self._sign_asked_at + within_s - self._loop.time()
+        if left > 0 and not sign.done():
+            await asyncio.wait([sign], timeout=left)
+        return sign.done()
 
     def _send(self, kind: int, number: int, message: object, descriptors: Sequence[int]) -> None:
         body = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
@@ -188,6 +235,9 @@ class Channel:
                 return True
             count = 0
         descriptors = [self._descriptors.popleft() for _ in range(count)]
+        if kind in {_PING, _PONG}:
+            self._take_sign(kind)
+            return self._open
         if kind in {_VALUE, _ERROR}:
             answer = self._asked.get(number)
             if answer is not None and not answer.done():
@@ -200,6 +250,13 @@ class Channel:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return True
+
+    def _take_sign(self, kind: int) -> None:
+        """The other end asks for a sign of life, or gives one."""
+        if kind == _PING:
+            self._send(_PONG, 0, None, ())
+        elif not self._sign.done():
+            self._sign.set_result(None)
 
     def _refuse(self, kind: int, number: int) -> None:
         """A message came without its descriptors: this process may not have so many."""
@@ -244,6 +301,8 @@ class Channel:
         for answer in self._asked.values():
             if not answer.done():
                 answer.set_exception(ChannelClosedError("the other process has gone"))
+        if not self._sign.done():
+            self._sign.set_result(None)
 
     async def end(self) -> None:
         """Close this end, and give up what is being handled; then nothing of it is at work."""

@@ -91,6 +91,10 @@ class StoppingError(EngineError):
     status = Status.STOPPING
 
 
+class SilentShardError(OutOfServiceError):
+    """A shard is there and gives no sign of life, so that it is not known what it will do."""
+
+
 class NoSuchSpaceError(ArgumentError):
     """There is no space of that name."""
 

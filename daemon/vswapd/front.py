@@ -28,7 +28,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 from vswapd import __version__, journal, status
 from vswapd.beside import beside
 from vswapd.config import Config, ConfigError
-from vswapd.errors import EngineError
+from vswapd.errors import EngineError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.listener import Listener
 from vswapd.notify import ServiceManager
@@ -246,8 +246,17 @@ class Front:
             self._metrics.apply(listen, textfile)
 
     def _document(self) -> dict[str, Any]:
-        """The status document, for threads."""
-        return asyncio.run_coroutine_threadsafe(self.body.document(), self._loop).result()
+        """The status document, for threads.
+
+        Raises:
+            OutOfServiceError: it is not that of the whole daemon. Counters that are lower for a
+                while would look like ones that have begun anew.
+        """
+        found = asyncio.run_coroutine_threadsafe(self.body.document(), self._loop).result()
+        if silent := found["silent_shards"]:
+            shards = ", ".join(map(str, silent))
+            raise OutOfServiceError(f"no sign of life from shard {shards}")
+        return found
 
     # SIGHUP
 

@@ -31,6 +31,8 @@ _HELLO_S: Final = 1.0
 """How long the first request of a connection is waited for before it is handed over without."""
 _MORE_S: Final = 0.01
 """Between two looks at a HELLO that has come in part."""
+_SIGN_S: Final = 0.5
+"""A shard that has given no sign of life for so long gets no connections that others could have."""
 _MOST_HELLO: Final = HEADER_BYTES + MOST_TEXT
 
 
@@ -68,7 +70,7 @@ class Reception:
         """Take a connection that was just accepted, and find it a shard."""
         hello = _peek(sock)
         if hello is not None and _whole(hello):
-            self._hand_over(sock, hello)
+            self._receive(sock, hello)
         elif why := self._silent.refusal(uid := Peer.of(sock).uid):
             self._refusals.refuse(sock, why, self._loop.time())
         else:
@@ -94,7 +96,47 @@ class Reception:
         finally:
             self._silent.give(uid)
         self._loop.remove_reader(sock)
-        self._hand_over(sock, _peek(sock) or b"")
+        self._receive(sock, _peek(sock) or b"")
+
+    def _receive(self, sock: socket.socket, hello: bytes) -> None:
+        """Hand a connection over to the shard that it asks for, or to one that moves."""
+        wish, _ = parse_wish(hello, len(self._children))
+        uid = Peer.of(sock).uid
+        if wish is not None or len(self._children) == 1:
+            self._hand_over(sock, hello)
+        elif why := self._silent.refusal(uid):
+            self._refusals.refuse(sock, why, self._loop.time())
+        else:
+            self._silent.take(uid)
+            self._later(self._find_one_that_moves(sock, hello, uid))
+
+    async def _find_one_that_moves(self, sock: socket.socket, hello: bytes, uid: int) -> None:
+        """A shard that is stopped is there, and would never greet anybody."""
+        try:
+            child = self._fewest()
+            while child.there.is_set() and not child.channel.silent(_SIGN_S):
+                moves = await child.channel.answers(_SIGN_S)
+                # Others may have been handed over meanwhile.
+                before, child = child, self._fewest()
+                if moves and child is before:
+                    break
+        except asyncio.CancelledError:
+            sock.close()
+            raise
+        finally:
+            self._silent.give(uid)
+        self._hand_over(sock, hello)
+
+    def _fewest(self) -> Child:
+        """Of the shards with the fewest connections that whose last one has been there longest.
+
+        It may be idle. Those that are away, or give no sign of life, come after all others.
+        """
+        there = [each for each in self._children if each.there.is_set()]
+        moving = [each for each in there if not each.channel.silent(_SIGN_S)]
+        return min(
+            moving or there or self._children, key=lambda each: (each.connections, each.turn)
+        )
 
     def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
         wish, joins = parse_wish(hello, len(self._children))
@@ -105,9 +147,7 @@ class Reception:
         if wish is not None:
             child = self._children[wish]
         else:
-            # Of those with equally many, the one whose last has been there longest: it may be idle.
-            there = [each for each in self._children if each.there.is_set()] or self._children
-            child = min(there, key=lambda each: (each.connections, each.turn))
+            child = self._fewest()
         self._turns += 1
         child.turn = self._turns
         serve = Serve(None if joins else uid)

@@ -179,6 +179,10 @@ class ShardProcess:
         self._stopping = asyncio.Event()
         self._ready = asyncio.Event()
         self._hungry_at = 0.0
+        self._changing = asyncio.Lock()
+        """Configurations and devices change one after the other, in the order of the messages."""
+        self._newest: Adopt | None = None
+        """The last configuration that was to be adopted."""
         self._channel = Channel(sock, self._handle, self._stopping.set)
         self._shard = Shard(
             config=birth.config,
@@ -237,14 +241,18 @@ class ShardProcess:
                     gone()  # it was lost on the way
             case Tell():
                 return self._state()
+            case Carry(request) if request["verb"] == "swapoff":
+                async with self._changing:
+                    return await shard.drive(shard.steering.answer(request))
             case Carry(request):
                 return await shard.drive(shard.steering.answer(request))
             case Connected() | Known() | Inherit():
                 return await self._about_spaces(message)
-            case Adopt(config, run_time):
-                await shard.drive(shard.steering.configure(lambda _: config, lambda _: run_time))
+            case Adopt():
+                await self._adopt_config(message)
             case Attach():
-                self._attach(message, *descriptors)
+                async with self._changing:
+                    self._attach(message, *descriptors)
             case Hungry():
                 shard.shrinker.poke()
             case Stop():
@@ -262,6 +270,21 @@ class ShardProcess:
                 return shard.engine.is_known(message.key, message.token)
             shard.engine.bequeath(message.key, message.holder)
             return True
+
+    async def _adopt_config(self, message: Adopt) -> None:
+        """Put a configuration into force, unless there is another one by now.
+
+        This process may have been stopped when it came: whoever waited for it has given up, and
+        what a later message takes back is not put into force at all.
+        """
+        self._newest = message
+        await asyncio.sleep(0)  # all that has arrived with it is known then
+        async with self._changing:
+            if self._newest is message:
+                steering = self._shard.steering
+                await self._shard.drive(
+                    steering.configure(lambda _: message.config, lambda _: message.run_time)
+                )
 
     def _state(self) -> ShardState:
         with self._shard.driver.lock:

@@ -52,6 +52,7 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
         "pid": facts.pid,
         "uptime_s": round(facts.uptime_s, 1),
         "shards": 1,
+        "silent_shards": [],
         "slots": {"allocated": slots.allocated, **dataclasses.asdict(slots)},
         "pool": {
             "enabled": settings.pool_enabled,
@@ -129,6 +130,7 @@ def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
             for space in found[:_MOST_SPACES]
         ],
         "left_out": max(0, len(found) - _MOST_SPACES),
+        "silent_shards": [],
     }
 
 

@@ -8,6 +8,8 @@ Invariants:
 - A shard whose process dies is started again over the memory that it has left, which the supervisor
   has, too; one that dies again and again with pauses. Only one that cannot start ends the daemon.
 - A beat is told when every shard has told one since the last.
+- A shard that is there and gives no sign of life keeps nobody waiting: status is that of the
+  others, and says so; what all have to do is refused before any does it, or taken back.
 
 This module must not know engines, or concrete devices.
 """
@@ -30,7 +32,7 @@ from vswapd import status
 from vswapd.acceptor import Acceptor
 from vswapd.arbiter import Arbiter
 from vswapd.arguments import Arguments
-from vswapd.channel import Channel, ChannelClosedError
+from vswapd.channel import Channel, ChannelClosedError, ChannelSilentError
 from vswapd.claims import key_of
 from vswapd.config import Config, ConfigError, load
 from vswapd.config_schema import Device
@@ -39,6 +41,7 @@ from vswapd.errors import (
     NoSuchDeviceError,
     NoSuchSpaceError,
     OutOfServiceError,
+    SilentShardError,
 )
 from vswapd.forking import Child, fork_again
 from vswapd.front import Front, ServiceError, Tally
@@ -51,6 +54,7 @@ from vswapd.messages import (
     Beat,
     Carry,
     Hungry,
+    Inherit,
     Leave,
     Operate,
     Parted,
@@ -86,6 +90,9 @@ _DEATHS_S: Final = 10.0
 _PAUSE_S: Final = 1.0
 """A shard that has died more often than so many times in so long is left dead for a moment: what
 kills it may come again at once."""
+_SILENCE_S: Final = 4.0
+"""A shard whose event loop has not moved for so long is given up by whoever asks it something, and
+asked nothing more until it does. It is not ended: that is for the watchdog."""
 _PATIENCE_S: Final = 40.0
 """Seconds that shards are given to end: more than they give their connections."""
 
@@ -122,6 +129,12 @@ class Before:
     """Those that cannot be opened any more."""
     run_time: Mapping[str, str] = field(default_factory=dict)
     """What operators have set, by key."""
+
+
+def _silent(child: Child, outcome: str = "") -> SilentShardError:
+    """The error for a shard that gives no sign of life. `outcome`: what that means."""
+    said = f"shard {child.index} (pid {child.pid}) gives no sign of life"
+    return SilentShardError(f"{said}: {outcome}" if outcome else said)
 
 
 class Supervisor:
@@ -365,17 +378,36 @@ class Supervisor:
 
         Raises:
             OutOfServiceError: it dies at each attempt, or has gone for good.
+            SilentShardError: it gives no sign of life; what was sent to it may still be done.
         """
         for _ in range(_ATTEMPTS):
             await child.there.wait()
+            # One that starts looks through its memory, and does nothing else. What it inherits is
+            # to reach it whenever it moves, and nobody waits for that.
+            patient = not child.ready or isinstance(message, Inherit)
+            silence_s = None if patient else _SILENCE_S
             try:
-                return await child.channel.ask(message, descriptors)
+                return await child.channel.ask(message, descriptors, silence_s)
+            except ChannelSilentError:
+                raise _silent(child) from None
             except ChannelClosedError:
                 if self._stopping or child.ended.is_set():
                     break
         if self._stopping:
             raise OutOfServiceError("the daemon is ending: ask again when it is back")
         raise OutOfServiceError(f"shard {child.index} has gone: the journal says why")
+
+    async def _check_all_answer(self) -> None:
+        """To be asked before all shards are asked for something that all have to do, or none.
+
+        Raises:
+            SilentShardError: one gives no sign of life; nothing was done.
+        """
+        started = [child for child in self._children if child.ready and child.there.is_set()]
+        there = await asyncio.gather(*(child.channel.answers(_SILENCE_S) for child in started))
+        for child, answers in zip(started, there, strict=True):
+            if not answers:
+                raise _silent(child, "nothing was done")
 
     async def watch(self, period_s: float, tell: Callable[[], None]) -> None:
         """See front.Body. The period is the shards' business."""
@@ -410,9 +442,28 @@ class Supervisor:
         found: list[ShardState] = await self._ask_all(Tell())
         return found
 
+    async def _states_of_others(self) -> tuple[list[ShardState], list[int]]:
+        """The states of all shards but those that give no sign of life; and which these are.
+
+        Raises:
+            SilentShardError: none does.
+        """
+        states, silent = [], []
+        for index, answer in enumerate(await self._ask_each([Tell()] * len(self._children))):
+            if isinstance(answer, SilentShardError):
+                silent.append(index)
+                why = answer
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                states.append(answer)
+        if not states:
+            raise why
+        return states, silent
+
     async def document(self) -> dict[str, Any]:
         """See front.Body."""
-        states = await self._states()
+        states, silent = await self._states_of_others()
         facts = self._front.facts(
             self._config,
             clients=sum(state.clients for state in states),
@@ -420,7 +471,7 @@ class Supervisor:
         )
         snapshot = self._merged(states)
         document = status.document(snapshot, facts, states[0].discards)
-        return document | {"shards": len(states)}
+        return document | {"shards": len(self._children), "silent_shards": silent}
 
     def _merged(self, states: list[ShardState]) -> Snapshot:
         settings = self._config.settings(self._birth.host)
@@ -430,7 +481,7 @@ class Supervisor:
         """See front.Body."""
         # Without a shard the daemon is about to end, and says why: what was last known will do.
         with contextlib.suppress(OutOfServiceError):
-            states = await self._states()
+            states, _ = await self._states_of_others()
             snapshot = self._merged(states)
             clients = sum(state.clients for state in states)
             self._tally = Tally(snapshot.slots.allocated, clients, snapshot.saved_bytes)
@@ -444,19 +495,29 @@ class Supervisor:
         verb = arguments.text("verb")
         if verb not in self.verbs:
             raise no_such_verb(verb, self.verbs)
+        if verb != "spaces":
+            await self._check_all_answer()
         answer = await self.verbs[verb](self, arguments, request)
         log_answer(verb, answer)
         return answer
 
     async def _adopt(self, new: Config, run_time: Mapping[str, str]) -> None:
         """Put a configuration into force everywhere, or nowhere. Under `_changing`."""
+        for child in self._children:
+            if child.ready and child.there.is_set() and child.channel.silent(_SILENCE_S):
+                raise _silent(child, "nothing was done")
         old = self._config
         await asyncio.to_thread(self._front.configure, new)
         asked = [child.pid for child in self._children]
         try:
             await self._ask_all(Adopt(new, run_time))
         except BaseException:
-            await self._ask_each([Adopt(old, self._run_time)] * len(self._children))
+            before = Adopt(old, self._run_time)
+            for child in self._children:
+                # One that was stopped meanwhile finds it when it goes on, and adopts nothing else.
+                if child.there.is_set() and child.channel.silent(_SILENCE_S):
+                    child.channel.tell(before)
+            await self._ask_each([before] * len(self._children))
             await asyncio.to_thread(self._front.configure, old)
             raise
         self._config, self._run_time = new, run_time
@@ -519,6 +580,9 @@ class Supervisor:
                 if self._keeping is not None:
                     await asyncio.to_thread(self._keeping.keep_owners, entry.path, owners)
                 await self._ask_all(attach, [fd, owners.fd])
+            except SilentShardError as error:
+                # It uses the device when it goes on.
+                raise OutOfServiceError(f"{error}; {entry.path} is in use by the others") from None
             except BaseException as error:
                 await self._take_off(entry.path)
                 if isinstance(error, KeepingError):
@@ -555,6 +619,10 @@ class Supervisor:
             # What one shard cannot move keeps the device in use: for all, as before.
             if used is not None:
                 attach, fd = used.device.attach()
+                for child in self._children:
+                    # One that was stopped meanwhile finds it when it goes on.
+                    if child.there.is_set() and child.channel.silent(_SILENCE_S):
+                        child.channel.tell(attach, [fd, used.owners.fd])
                 await self._ask_each([attach] * len(self._children), [fd, used.owners.fd])
             lost = sum(answer["lost_pages"] for answer in answers if isinstance(answer, dict))
             if lost and isinstance(failed[0], OutOfServiceError):
@@ -617,8 +685,9 @@ class Supervisor:
     async def _spaces(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         uid = user_of(arguments)
         arguments.end()
-        states = await self._states()
-        return status.spaces(self._merged(states), states[0].now, uid)
+        states, silent = await self._states_of_others()
+        found = status.spaces(self._merged(states), states[0].now, uid)
+        return found | {"silent_shards": silent}
 
     async def _drop(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         name = arguments.text("name")

@@ -34,6 +34,7 @@ EMPTY: dict[str, Any] = {
     "pid": 4242,
     "uptime_s": 3.5,
     "shards": 1,
+    "silent_shards": [],
     "slots": {"allocated": 0, "unbacked": 0, "lost": 0, "zero": 0, "zswap": 0, "phys": 0},
     "pool": {
         "enabled": True,

@@ -34,8 +34,9 @@ daemon runs as. Sizes are written as 512M or 1.5G: K, M, G and T are powers of 1
 """
 _EPILOG: Final = """\
 Exit codes: 0, done. 1, the daemon could not do it, or `verify` found something wrong. 2, the
-command line is wrong, or the daemon says so. 69, no daemon can be reached. 75, one is there and does
-not answer: try again later. 76, daemon and vswapctl are of different versions. 77, not permitted.
+command line is wrong, or the daemon says so. 69, no daemon can be reached. 75, one is there and
+does not answer: try again later. 76, daemon and vswapctl are of different versions. 77, not
+permitted.
 """
 
 
@@ -68,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         type=_timeout,
         default=TIMEOUT_S,
         metavar="SECONDS",
-        help=f"give a daemon up that does not answer for so long (default {TIMEOUT_S:g}; 0 or none: "
-        "wait for ever); a verb that takes longer is waited for as long as the daemon is there",
+        help="give a daemon up that does not answer for so long (default "
+        f"{TIMEOUT_S:g}; 0 or none: wait for ever); a verb that takes longer is waited for as long "
+        "as the daemon is there",
     )
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
     _add_status(verbs)

@@ -75,6 +75,8 @@ def render(status: Document, before: Document | None = None) -> RenderableType:
     if any(_limited(group) for group in status["groups"]):
         rows.append(("groups", _groups(status)))
     rows.append(("top spaces", _spaces(status)))
+    if status["silent_shards"]:
+        rows.insert(0, ("shards", _silent_shards(status)))
     grid = Table.grid(padding=(0, 2, 1, 0), expand=True)
     grid.add_column(style=LABEL, no_wrap=True, width=10)
     grid.add_column(ratio=1)
@@ -130,6 +132,14 @@ def _headline(status: Document) -> RenderableType:
         subtitle_align="right",
         border_style=QUIET if running else WARN,
         padding=(0, 1),
+    )
+
+
+def _silent_shards(status: Document) -> RenderableType:
+    silent = status["silent_shards"]
+    which = ", ".join(map(str, silent))
+    return Text(
+        f"no sign of life from shard {which} of {status['shards']}: what it holds is not shown", BAD
     )
 
 

@@ -248,6 +248,9 @@ def spaces(options: Options) -> int:
     console.print(table if table.rows else "none")
     if answer["left_out"]:
         console.print(f"and {answer['left_out']:,} smaller ones: --uid shows those of one user")
+    if answer["silent_shards"]:
+        which = ", ".join(map(str, answer["silent_shards"]))
+        console.print(f"no sign of life from shard {which}: what it holds is not shown")
     return 0
 
 

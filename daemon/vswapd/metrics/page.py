@@ -25,6 +25,7 @@ from prometheus_client import make_wsgi_app
 
 from vswapd.config import ConfigError
 from vswapd.config_checks import parse_listen
+from vswapd.errors import OutOfServiceError
 from vswapd.metrics.families import Snapshot, registry
 
 if TYPE_CHECKING:
@@ -155,11 +156,14 @@ class _Handler(WSGIRequestHandler):
 
 
 def _logged(app: Callable[..., Any]) -> WSGIApplication:
-    """The page, or 500 and a line in the journal if its numbers cannot be had."""
+    """The page; 503 if its numbers cannot be had for now, 500 and a line in the journal if ever."""
 
     def page(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         try:
             found: Iterable[bytes] = app(environ, start_response)
+        except OutOfServiceError as error:
+            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+            return [f"no numbers: {error}\n".encode()]
         except Exception:  # noqa: BLE001 - a border: one scrape fails, and it is logged
             _log.exception("metrics: no numbers")
             start_response("500 Internal Server Error", [("Content-Type", "text/plain")])

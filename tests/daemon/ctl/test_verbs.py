@@ -60,6 +60,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
             },
         ],
         "left_out": 0,
+        "silent_shards": [],
     },
 }
 

@@ -9,12 +9,13 @@ This module must not know sockets.
 from __future__ import annotations
 
 import json
+import numbers
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from vswap.errors import U64, ProtocolError
+from vswap.errors import U64, BadArgument, ProtocolError
 from vswap.planner import Ask, frame_limit
 from vswap.protocol import PAGE_BYTES, VERSION, Flag, Op
 
@@ -111,17 +112,18 @@ def hello(
         name: Of the space, if it is to outlive this client.
 
     Raises:
-        ValueError: `window_bytes` is negative.
+        BadArgument: `window_bytes` is no number of bytes.
     """
-    if window_bytes < 0:
-        raise ValueError(f"a window has 0 bytes or more, not {window_bytes}")
+    whole = isinstance(window_bytes, numbers.Integral) and not isinstance(window_bytes, bool)
+    if not whole or window_bytes < 0:
+        raise BadArgument(f"window is a number of bytes, 0 or more, not {window_bytes!r}")
     said: dict[str, Any] = {"client": client}
     if shard is not None:
         said["shard"] = shard
     if token is not None:
         said["token"] = token
     if window_bytes:
-        said["window"] = window_bytes
+        said["window"] = int(window_bytes)
     if name is not None:
         said["name"] = name
     if resume:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import socket
+import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import vswap
+import vswap.aio
+from support.daemon import daemon_environment
 from support.fake_daemon import FakeDaemon
 from vswap import address
 from vswap.address import candidates
+from vswap.control import Control
+from vswapd.ctl import main
 
 
 def paths(environment: dict[str, str], uid: int, path: str | None = None) -> list[str]:
@@ -82,6 +91,150 @@ def test_a_path_that_is_too_long_is_told(tmp_path: Path) -> None:
     """A path that no socket can have is NoDaemon with the reason, not a bare OSError."""
     with pytest.raises(vswap.NoDaemon, match="too long"):
         vswap.connect(tmp_path / ("x" * 120))
+
+
+def _directory(place: Path) -> None:
+    place.mkdir()
+
+
+def _file(place: Path) -> None:
+    place.write_text("x")
+
+
+def _pipe(place: Path) -> None:
+    os.mkfifo(place)
+
+
+def _dangling_link(place: Path) -> None:
+    place.symlink_to("elsewhere")
+
+
+def _link_to_a_file(place: Path) -> None:
+    place.with_name("file").write_text("x")
+    place.symlink_to("file")
+
+
+def _link_to_itself(place: Path) -> None:
+    place.symlink_to(place.name)
+
+
+def _dead_socket(place: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(place))
+
+
+def _link_to_a_dead_socket(place: Path) -> None:
+    _dead_socket(place.with_name("dead"))
+    place.symlink_to("dead")
+
+
+def _other_socket(place: Path) -> None:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sock.bind(str(place))
+    _kept.append(sock)
+
+
+def _nothing(place: Path) -> None:
+    del place
+
+
+_kept: list[socket.socket] = []
+WRONG_PLACES: dict[Callable[[Path], None], str] = {
+    _nothing: "there is no such socket",
+    _directory: "it is a directory, not a socket",
+    _file: "it is a file, not a socket",
+    _pipe: "it is not a socket",
+    _dangling_link: "it is a link to elsewhere, which is not there",
+    _link_to_a_file: "it is a file, not a socket",
+    _link_to_itself: "Too many levels of symbolic links",
+    _dead_socket: "nobody listens (left by a daemon that died)",
+    _link_to_a_dead_socket: "nobody listens (left by a daemon that died)",
+    _other_socket: "it is a socket of another kind, not vswapd's",
+}
+
+
+def everybody_says(place: Path, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each way to a daemon ends in NoDaemon with this reason."""
+
+    async def task() -> None:
+        await vswap.aio.connect(place)
+
+    for connect in (vswap.connect, Control, lambda _: asyncio.run(task())):
+        with pytest.raises(vswap.NoDaemon) as caught:
+            connect(place)
+        assert f"  {place} (as given): {why}\n" in str(caught.value)
+    with contextlib.suppress(SystemExit):
+        assert main(["--socket", str(place), "status"]) in {69, 77}
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"vswapctl: no vswapd answers: {place} (as given): {why}; ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("make", WRONG_PLACES)
+def test_what_is_there_instead_of_a_daemon_is_told(
+    socket_path: Path, make: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no socket, or nobody's, is called what it is."""
+    make(socket_path)
+    try:
+        everybody_says(socket_path, WRONG_PLACES[make], capsys)
+    finally:
+        while _kept:
+            _kept.pop().close()
+
+
+def test_what_is_wrong_with_the_way_is_told(
+    socket_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A directory that is not there, or is a file; a path that is no socket's."""
+    missing = socket_path.parent / "missing"
+    everybody_says(missing / "sock", f"there is no directory {missing}", capsys)
+    socket_path.write_text("x")
+    everybody_says(socket_path / "sock", "Not a directory", capsys)
+    long = socket_path.with_name("x" * 120)
+    everybody_says(long, "AF_UNIX path too long", capsys)
+
+
+def test_a_link_to_a_daemon_leads_there(fake: FakeDaemon) -> None:
+    """The other way round: nothing is refused that would answer."""
+    link = fake.path.with_name("link")
+    link.symlink_to(fake.path.name)
+    with vswap.connect(link) as space:
+        space.ping()
+
+
+_AS_NOBODY = """
+import os, sys
+import vswap
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+for place in sys.argv[1:]:
+    try:
+        vswap.connect(place)
+    except vswap.NoDaemon as error:
+        print(str(error).splitlines()[1])
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_who_may_not_connect_is_told_whose_it_is(fake: FakeDaemon) -> None:
+    """A socket of somebody else's, and one in a directory that is closed."""
+    fake.path.parent.chmod(0o755)
+    fake.path.chmod(0o640)
+    closed = fake.path.parent / "closed"
+    closed.mkdir(mode=0o700)
+    said = subprocess.run(
+        [sys.executable, "-c", _AS_NOBODY, str(fake.path), str(closed / "sock")],
+        env=daemon_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    ).stdout.splitlines()
+    assert said == [
+        f"  {fake.path} (as given): no permission (it is user 0's, mode 640)",
+        f"  {closed / 'sock'} (as given): no permission to look into {closed}",
+    ]
 
 
 def test_a_directory_of_anybody_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:

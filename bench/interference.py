@@ -247,7 +247,7 @@ class Daemon:
             TimeoutError: it always has.
         """
         give_up = time.monotonic() + _PATIENCE_S
-        while self.counters()[1] != "idle":
+        while self.counters()[1] not in {"waits", "idle"}:
             if time.monotonic() > give_up:
                 raise TimeoutError("the shrinker does not come to rest")
             time.sleep(_LOOK_S)
@@ -312,7 +312,7 @@ class Daemon:
                 timed.nanoseconds += times
                 for name, count in grown.items():
                     done[name] += count
-            elif doing == "idle":
+            elif doing in {"waits", "idle"}:
                 break
             before = after
         return timed, done

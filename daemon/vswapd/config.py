@@ -336,6 +336,9 @@ def _device_fields(text: str, source: str) -> dict[str, str]:
         if not equals:
             hint = "write device=PATH[,size=512M][,priority=1][,encrypt=true]"
             raise ConfigError(f"{option!r} is no option: {hint}", key="device", source=source)
+        if name.strip() in fields:
+            text = f"{name.strip()} is given twice: which is meant?"
+            raise ConfigError(text, key=f"device.{name.strip()}", source=source)
         fields[name.strip()] = value.strip()
     return fields
 

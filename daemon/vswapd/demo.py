@@ -305,7 +305,7 @@ def _show_with(console: Console, socket_path: Path, pid: int, size: int) -> None
         stored = Speed(pages=pages, seconds=seconds)
         looking = held[0].space
         status = await_status(
-            looking, "the shrinker to rest", lambda s: s["shrinker"]["doing"] == "idle"
+            looking, "the shrinker to rest", lambda s: s["shrinker"]["doing"] in {"waits", "idle"}
         )
         console.print(Panel(render(status), title="vswapctl status", border_style="dim"))
         check_used(status)

@@ -27,6 +27,8 @@ from vswapd.snapshot import (
 from vswapd.stats import Stats
 
 T = TypeVar("T")
+_AT_REST: Final = {"waits": 1, "idle": 2}
+"""What a shrinker does that does nothing: the first of these holds for all."""
 _WORST: Final = ("draining", "failing", "on")
 """States of a device: what one shard says of it holds for all, in this order."""
 
@@ -109,8 +111,8 @@ def _device(parts: list[DeviceState]) -> DeviceState:
 
 
 def _shrinker(parts: list[ShrinkerState]) -> ShrinkerState:
-    """What one that works does; if all idle, why the first of them does."""
-    busy = next((p for p in parts if p.doing != "idle"), parts[0])
+    """What one that works does; if none does, what one waits for; else why the first idles."""
+    busy = min(parts, key=lambda p: _AT_REST.get(p.doing, 0))
     left = [p.budget_left_bytes for p in parts if p.budget_left_bytes is not None]
     return dataclasses.replace(
         busy,

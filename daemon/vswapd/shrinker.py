@@ -63,7 +63,13 @@ class Doing(StrEnum):
     MERGING = "merging extents"
     RECOMPRESSING = "recompressing"
     WRITING = "writing back"
+    WAITING = "waits"
     IDLE = "idle"
+
+    @property
+    def works(self) -> bool:
+        """Whether something is being done; else there is nothing to do, or it has to wait."""
+        return self not in {Doing.WAITING, Doing.IDLE}
 
 
 _MAY_STALL: Final = frozenset({Doing.COMPACTING, Doing.MERGING, Doing.RECOMPRESSING, Doing.WRITING})
@@ -243,6 +249,8 @@ class Shrinker:
         dense = self._recompressible(excess, why)
         if dense is not None:
             return self._say(Doing.RECOMPRESSING, dense, SEGMENT_BYTES)
+        if not excess and (waits := self._recompression_waits()):
+            return self._say(Doing.WAITING, waits, 0)
         if not excess:
             return self._say(Doing.IDLE, why, 0)
         if stop is not None:
@@ -265,6 +273,15 @@ class Shrinker:
         if len(work.due()) and not work.busy():
             return "pages older than pool.dense_age"
         return None
+
+    def _recompression_waits(self) -> str | None:
+        """What pages wait for that got old, and may not be recompressed yet; None: for nothing."""
+        work = self.recompression
+        if work.target is None or self._is_stalled(Doing.RECOMPRESSING) or not len(work.due()):
+            return None
+        if work.seconds() <= 0:
+            return "its share of the processor is used up (shrinker.recompress_cpu)"
+        return "the machine is busy"
 
     def _groups(self) -> I64 | None:
         """Whose pages are to go, by index; None: anybody's."""
@@ -441,7 +458,7 @@ class Shrinker:
                 return (yield from work)
             case Doing.WRITING:
                 return (yield from self._write(nbytes))
-            case Doing.IDLE:
+            case Doing.WAITING | Doing.IDLE:
                 return 0
 
     def _write(self, nbytes: int) -> Operation[int]:

@@ -88,7 +88,8 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
         "top_spaces": [
             {
                 "id": str(space.id),
-                "client": space.client,
+                "name": space.name or None,
+                "client": _client(space),
                 "slots": space.slots,
                 "original_bytes": space.original_bytes,
                 "compressed_bytes": space.compressed_bytes,
@@ -117,7 +118,7 @@ def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
             {
                 "id": str(space.id),
                 "name": space.name or None,
-                "client": space.client,
+                "client": _client(space),
                 "pid": space.pid if space.attached else None,
                 "uid": space.uid,
                 "group": space.group,
@@ -132,6 +133,11 @@ def spaces(snapshot: Snapshot, now: float, uid: int | None) -> dict[str, Any]:
         "left_out": max(0, len(found) - _MOST_SPACES),
         "silent_shards": [],
     }
+
+
+def _client(space: SpaceState) -> str | None:
+    """How the client calls itself that is connected; None: none is, whoever it was before."""
+    return space.client if space.attached else None
 
 
 def _largest(found: tuple[SpaceState, ...]) -> list[SpaceState]:

@@ -88,6 +88,8 @@ def test_the_other_verbs_answer(steering: Wire, wire: Wire) -> None:
         b'{"verb": "writeback", "bytes": -1}',
         b'{"verb": "swapon"}',
         b'{"verb": "verify", "surprise": 1}',
+        b'{"verb": "verify", "verb": "verify"}',
+        b'{"verb": "swapon", "path": "/swap", "size": 1048576, "size": 2097152}',
     ],
 )
 def test_verbs_that_make_no_sense_are_bad_arguments(steering: Wire, body: bytes) -> None:

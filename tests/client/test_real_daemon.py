@@ -148,7 +148,7 @@ async def slots_of(daemon: RunningDaemon, client: str) -> int:
     def ask() -> int:
         with Control(daemon.socket_path) as control:
             spaces = control.call("spaces")["spaces"]
-        return sum(each["slots"] for each in spaces if each["client"].startswith(client))
+        return sum(each["slots"] for each in spaces if (each["client"] or "").startswith(client))
 
     return await asyncio.to_thread(ask)
 

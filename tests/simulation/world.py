@@ -65,7 +65,7 @@ EVENTS: Final = (
     *("an operation cancelled", "a wrong slot refused", "extents in use again", "the clock set"),
     *("swapon", "swapoff", "swapoff failed", "a bad block", "a page given up"),
     *(f"rejected: {reason.word}" for reason in Reason),
-    *(f"shrinker: {doing}" for doing in Doing if doing is not Doing.IDLE),
+    *(f"shrinker: {doing}" for doing in Doing if doing.works),
 )
 """What is to happen in every large set of runs; by the device's doing first."""
 

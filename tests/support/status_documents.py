@@ -179,6 +179,7 @@ BUSY = _changed(
     top_spaces=[
         {
             "id": "1",
+            "name": None,
             "client": "python 4301",
             "slots": 150000,
             "original_bytes": 586 * MIB,
@@ -186,6 +187,7 @@ BUSY = _changed(
         },
         {
             "id": "2",
+            "name": None,
             "client": "a-program-with-a-long-name 4310",
             "slots": 14240,
             "original_bytes": 55 * MIB,

@@ -92,6 +92,23 @@ def _add(
     )
 
 
+class _Once(argparse.Action):
+    """An option that is an error when it is given twice: which is meant?"""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        """Keep the value."""
+        del parser, option_string
+        if getattr(namespace, self.dest) is not None:
+            raise argparse.ArgumentError(self, "is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def _with_file(action: argparse.Action) -> None:
     """Let shells complete an argument with the names of files."""
     action.complete = shtab.FILE  # type: ignore[attr-defined]
@@ -165,12 +182,14 @@ def _add_devices(verbs: _Verbs) -> None:
     _with_file(swapon.add_argument("path", metavar="PATH", help="file or block device"))
     swapon.add_argument(
         "--size",
+        action=_Once,
         type=_size,
         metavar="SIZE",
         help="size of the file, reserved at once; default: as it is",
     )
     swapon.add_argument(
         "--priority",
+        action=_Once,
         type=_priority,
         metavar="N",
         help="0 to 32767, default 0; devices of the highest priority are filled first",

@@ -12,7 +12,7 @@ This module must not know sockets, the clock, or where the screen is drawn.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 from rich.box import ROUNDED
@@ -54,12 +54,15 @@ _WRITTEN: Final = (
 _REMEDIES: Final = {reason.word: remedy for reason, remedy in REMEDY_OF_REASON.items()}
 
 
-def render(status: Document, before: Document | None = None) -> RenderableType:
+def render(
+    status: Document, before: Document | None = None, user_of: Callable[[str], str] = str
+) -> RenderableType:
     """The whole screen.
 
     Args:
         status: the STATUS document.
         before: an earlier one of the same daemon, to show what happens per second; or None.
+        user_of: the name of the user that a group is of, by the group's name, which is a number.
 
     Raises:
         KeyError: the document lacks something: it is another version's.
@@ -73,7 +76,7 @@ def render(status: Document, before: Document | None = None) -> RenderableType:
         ("traffic", _traffic(status, before)),
     ]
     if any(_limited(group) for group in status["groups"]):
-        rows.append(("groups", _groups(status)))
+        rows.append(("groups", _groups(status, user_of)))
     rows.append(("top spaces", _spaces(status)))
     if status["silent_shards"]:
         rows.insert(0, ("shards", _silent_shards(status)))
@@ -256,7 +259,7 @@ def _shrinker(status: Document) -> RenderableType:
     shrinker = status["shrinker"]
     doing = shrinker["doing"]
     first = Text()
-    first.append(doing, "" if doing == "idle" else GOOD)
+    first.append(doing, "" if doing in {"waits", "idle"} else GOOD)
     first.append(f": {shrinker['why']}")
     lines = [first]
     settings = status["settings"]
@@ -320,12 +323,12 @@ def _limited(group: Document) -> bool:
     )
 
 
-def _groups(status: Document) -> RenderableType:
-    table = plain_table("uid", "pool", "limit", "device", "limit", "writeback")
+def _groups(status: Document, user_of: Callable[[str], str]) -> RenderableType:
+    table = plain_table("user", "pool", "limit", "device", "limit", "writeback")
     limited = sorted(filter(_limited, status["groups"]), key=lambda group: -group["pool_bytes"])
     for group in limited[:MOST_SPACES]:
         table.add_row(
-            group["name"],
+            Text(safe(user_of(group["name"]))),
             human_size(group["pool_bytes"]),
             _limit(group["pool_max_bytes"]),
             human_size(group["device_bytes"]),
@@ -347,7 +350,7 @@ def _spaces(status: Document) -> RenderableType:
     for space in spaces[:MOST_SPACES]:
         original, compressed = space["original_bytes"], space["compressed_bytes"]
         table.add_row(
-            Text(safe(space["client"]) or "unnamed"),
+            Text(client(space)),
             space["id"],
             f"{space['slots']:,}",
             human_size(original),
@@ -355,6 +358,13 @@ def _spaces(status: Document) -> RenderableType:
             f"{original / compressed:.2f}" if compressed else "",
         )
     return table
+
+
+def client(space: Document) -> str:
+    """Who has a space now. One that is kept for a client to come, or to come back, has none."""
+    if space["client"] is not None:
+        return safe(space["client"]) or "unnamed"
+    return f"no client ({safe(space['name'])})" if space["name"] else "no client"
 
 
 def plain_table(first: str, *numbers: str) -> Table:

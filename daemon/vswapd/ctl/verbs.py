@@ -20,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 import shtab
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
@@ -71,12 +71,18 @@ def status(options: Options) -> int:
             return 0
         document = control.status()
     if options.svg is not None:
-        Path(options.svg).write_text(picture(render(document), "vswapctl status"), encoding="utf-8")
+        Path(options.svg).write_text(
+            picture(_screen(document), "vswapctl status"), encoding="utf-8"
+        )
     elif options.json:
         print(json.dumps(document, indent=2))
     else:
-        _console().print(render(document))
+        _console().print(_screen(document))
     return 0
+
+
+def _screen(document: dict[str, Any], before: dict[str, Any] | None = None) -> RenderableType:
+    return render(document, before, lambda name: _user(int(name)) if name.isdecimal() else name)
 
 
 def _watch(control: Control, options: Options) -> None:
@@ -89,12 +95,12 @@ def _watch(control: Control, options: Options) -> None:
             if options.json:
                 print(json.dumps(document), flush=True)
             elif not screen:
-                console.print(render(document, before))
+                console.print(_screen(document, before))
             elif live is None:
-                live = Live(render(document), console=console, screen=True, auto_refresh=False)
+                live = Live(_screen(document), console=console, screen=True, auto_refresh=False)
                 stack.enter_context(live)
             else:
-                live.update(render(document, before), refresh=True)
+                live.update(_screen(document, before), refresh=True)
 
 
 def _documents(
@@ -233,7 +239,7 @@ def spaces(options: Options) -> int:
     )
     for space in sorted(answer["spaces"], key=lambda space: -space["original_bytes"]):
         table.add_row(
-            Text(safe(space["client"]) or "unnamed"),
+            Text("no client" if space["client"] is None else safe(space["client"]) or "unnamed"),
             Text(safe(space["name"] or "")),
             space["id"],
             "-" if space["pid"] is None else str(space["pid"]),
@@ -269,7 +275,7 @@ def drop(options: Options) -> int:
 def _user(uid: int) -> str:
     try:
         return pwd.getpwuid(uid).pw_name
-    except KeyError:
+    except (KeyError, OverflowError):
         return str(uid)
 
 

@@ -153,7 +153,7 @@ def _device_states(document: Document) -> Samples:
 
 
 def _working(document: Document) -> Samples:
-    yield (), float(document["shrinker"]["doing"] != "idle")
+    yield (), float(document["shrinker"]["doing"] not in {"waits", "idle"})
 
 
 FAMILIES: Final = (
@@ -210,7 +210,9 @@ FAMILIES: Final = (
     _device("vswap_device_bad_extents", "Extents that were taken out of use.", "bad_extents"),
     _device("vswap_device_read_errors_total", "Reads that failed.", "read_errors"),
     _device("vswap_device_write_errors_total", "Writes that failed.", "write_errors"),
-    Family("vswap_shrinker_working", "1 while the shrinker works, 0 while it idles.", _working),
+    Family(
+        "vswap_shrinker_working", "1 while the shrinker works, 0 while it idles or waits.", _working
+    ),
     Family(
         "vswap_shrinker_errors_total",
         "Steps of the shrinker that failed; the journal has the causes.",

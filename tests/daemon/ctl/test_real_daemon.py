@@ -73,6 +73,20 @@ def test_status_shows_what_is_stored(daemon: RunningDaemon, ctl: Ctl) -> None:
     assert str(os.getpid()) in spaces
 
 
+def test_a_client_that_has_gone_is_not_shown(daemon: RunningDaemon, ctl: Ctl) -> None:
+    """What it has left under a name has no client, and no pid."""
+    with vswap.connect(daemon.socket_path, name="left", label="a-program") as space:
+        space.store(PAGES)
+        assert f"a-program {os.getpid()}" in ctl("status")
+    while any(found["pid"] for found in ctl.json("spaces")["spaces"]):
+        pass  # the daemon is about to see that it has gone
+    for shown in (ctl("status"), ctl("spaces"), ctl("status", "--json"), ctl("spaces", "--json")):
+        assert "left" in shown
+        assert "a-program" not in shown
+    assert "no client (left)" in ctl("status")
+    assert ctl("drop", "left").startswith("left: dropped")
+
+
 def test_names_that_others_rely_on_are_there(ctl: Ctl) -> None:
     """The document has the names that are promised to those who read it."""
     status = ctl.json("status")

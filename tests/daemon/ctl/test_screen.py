@@ -160,6 +160,23 @@ def test_any_numbers_and_names_can_be_drawn(used: int, limit: int, slots: int, n
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_space_without_a_client_names_none() -> None:
+    """Not the one that it had, whose number another process may have by now."""
+    status = copy.deepcopy(BUSY)
+    status["top_spaces"][0] |= {"client": None, "name": "cache"}
+    status["top_spaces"][1] |= {"client": None, "name": None}
+    text = drawn(status)
+    assert "no client (cache)" in text
+    assert text.count("no client") == 2
+    assert "4301" not in text
+
+
+def test_shards_that_give_no_sign_of_life_are_named() -> None:
+    """What is shown then is not all that there is."""
+    status = copy.deepcopy(BUSY) | {"shards": 4, "silent_shards": [1, 3]}
+    assert "no sign of life from shard 1, 3 of 4: what it holds is not shown" in drawn(status)
+
+
 def test_what_a_client_calls_itself_is_only_text() -> None:
     """Neither markup nor escape sequences in a client's name or a path reach the terminal."""
     evil = "[red]x[/red]\x1b[2J\x07\n\u202e"

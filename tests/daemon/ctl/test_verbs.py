@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pwd
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from support.fake_daemon import FakeDaemon
-from support.status_documents import BUSY, EMPTY
+from support.status_documents import BUSY, EMPTY, FULL, group
 from vswap.protocol import Header, Op, Status
 from vswapd.ctl import main
 
@@ -235,6 +236,37 @@ def test_pages_that_were_given_up_are_counted(daemon: Daemon, run: Run) -> None:
     daemon.answers["swapoff"] = {"path": "/swap", "moved_pages": 2, "lost_pages": 1234}
     said = "/swap: out of use, 2 pages were moved; 1,234 could not be read, and are lost\n"
     assert run("swapoff", "/swap", "--give-up") == (0, said, "")
+
+
+def test_groups_are_shown_by_their_users_names(daemon: Daemon, run: Run) -> None:
+    """The document has numbers, the screen names, as far as there are any."""
+    daemon.documents = [
+        FULL
+        | {"groups": [group(name="0", writeback=False), group(name="4294967290", pool_max_bytes=1)]}
+    ]
+    lines = run("status")[1].splitlines()
+    assert any(line.startswith("groups") and " user " in line for line in lines)
+    root = pwd.getpwuid(0).pw_name
+    assert any(line.split()[:1] == [root] for line in lines)
+    assert any(line.split()[:1] == ["4294967290"] for line in lines)
+    assert json.loads(run("status", "--json")[1])["groups"][0]["name"] == "0"
+
+
+def test_who_has_no_client_is_not_listed_with_an_old_one(daemon: Daemon, run: Run) -> None:
+    """A space that is kept says so."""
+    gone = ANSWERS["spaces"]["spaces"][1] | {"client": None, "name": "kept"}
+    daemon.answers["spaces"] = ANSWERS["spaces"] | {"spaces": [gone]}
+    assert run("spaces")[1].splitlines()[1].split()[:4] == ["no", "client", "kept", "2"]
+
+
+@pytest.mark.parametrize("option", ["--size", "--priority"])
+def test_a_devices_key_that_is_given_twice_is_refused(
+    daemon: Daemon, run: Run, option: str
+) -> None:
+    """Which is meant cannot be known; nothing is asked of the daemon."""
+    code, out, err = run("swapon", "/swap", option, "1", option, "2")
+    assert (code, out, daemon.asked) == (2, "", [])
+    assert f"argument {option}: is given twice" in err
 
 
 def test_spaces_that_were_left_out_are_counted(daemon: Daemon, run: Run) -> None:

@@ -451,6 +451,37 @@ def test_a_busy_machine_is_left_alone() -> None:
     assert RECOMPRESSING in rig.shrink()
 
 
+def test_what_waits_for_an_idle_machine_says_so() -> None:
+    """Status does not call it idle; it goes on when the machine has time."""
+    rig = dense_engine()
+    work = rig.engine.shrinker.recompression
+    work.busy = lambda: True
+    rig.put(rig.space(), pages_of("text", 1000))
+    rig.shrink()
+    assert rig.engine.snapshot().shrinker.doing == "idle"
+    rig.clock.advance(AGE)
+    rig.shrink()
+    state = rig.engine.snapshot().shrinker
+    assert (state.doing, state.why) == ("waits", "the machine is busy")
+    assert rig.engine.shrinker.next_wakeup() is not None
+    work.busy = lambda: False
+    assert RECOMPRESSING in rig.shrink()
+    assert rig.engine.snapshot().shrinker.doing == "idle"
+
+
+def test_what_waits_for_its_share_of_the_processor_says_so() -> None:
+    """It is named by its setting."""
+    rig = dense_engine()
+    work = rig.engine.shrinker.recompression
+    rig.put(rig.space(), pages_of("text", 1000))
+    rig.clock.advance(AGE)
+    work.seconds = lambda: -1.0  # type: ignore[method-assign]
+    rig.shrink()
+    state = rig.engine.snapshot().shrinker
+    assert state.doing == "waits"
+    assert "shrinker.recompress_cpu" in state.why
+
+
 def test_the_limit_holds_while_old_and_new_stand_side_by_side() -> None:
     """A pool without room is not recompressed beyond its limit, and the shrinker does not spin."""
     rig = dense_engine(1 * MIB, shrinker_enabled=True)

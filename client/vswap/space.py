@@ -111,6 +111,8 @@ class Space:
             BadSlot, DuplicateSlot: of `slots`; `done` have the new page, all others what they had.
             NoSlots: the daemon's table is full; none is stored.
             BadBuffer: no whole pages, or not one slot for each; nothing was sent.
+            DeadlyRequest: the daemon dies of it each time. New pages: none is stored. Overwriting:
+                `slots` have the page that they had or the new one, `done` the new one.
             ConnectionLost: the space is gone.
         """
         call = (
@@ -141,6 +143,7 @@ class Space:
             Unbacked: their last store was rejected.
             PageLost: the daemon cannot give `slots` back; others can still be loaded.
             BadBuffer: `into` cannot be filled; nothing was sent.
+            DeadlyRequest: the daemon dies of it each time; the pages stay stored.
             ConnectionLost: the space is gone.
         """
         wanted = slots_of(slots)
@@ -162,6 +165,7 @@ class Space:
 
         Raises:
             BadSlot, DuplicateSlot: `done` are free, all others are as they were.
+            DeadlyRequest: the daemon dies of it each time; so it is with `done` and all others.
             ConnectionLost: the space is gone, and all slots with it.
         """
         call = Free(slots_of(slots), self._frame_pages)

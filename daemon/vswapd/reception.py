@@ -144,10 +144,7 @@ class Reception:
         if not joins and (why := self._places.refusal(uid)):
             self._refusals.refuse(sock, why, self._loop.time())
             return
-        if wish is not None:
-            child = self._children[wish]
-        else:
-            child = self._fewest()
+        child = self._fewest() if wish is None else self._children[wish]
         self._turns += 1
         child.turn = self._turns
         serve = Serve(None if joins else uid)

@@ -241,11 +241,8 @@ class ShardProcess:
                     gone()  # it was lost on the way
             case Tell():
                 return self._state()
-            case Carry(request) if request["verb"] == "swapoff":
-                async with self._changing:
-                    return await shard.drive(shard.steering.answer(request))
             case Carry(request):
-                return await shard.drive(shard.steering.answer(request))
+                return await self._carry(request)
             case Connected() | Known() | Inherit():
                 return await self._about_spaces(message)
             case Adopt():
@@ -270,6 +267,11 @@ class ShardProcess:
                 return shard.engine.is_known(message.key, message.token)
             shard.engine.bequeath(message.key, message.holder)
             return True
+
+    async def _carry(self, request: dict[str, Any]) -> dict[str, Any]:
+        turn = self._changing if request["verb"] == "swapoff" else contextlib.nullcontext()
+        async with turn:
+            return await self._shard.drive(self._shard.steering.answer(request))
 
     async def _adopt_config(self, message: Adopt) -> None:
         """Put a configuration into force, unless there is another one by now.

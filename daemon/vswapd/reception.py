@@ -58,6 +58,8 @@ class Reception:
         self._places: Final = Places(keys.max_connections, keys.max_user_connections)
         self._silent: Final = Places(keys.max_connections, keys.max_user_connections)
         """For connections that have not said HELLO yet."""
+        self._greeted: Final = Places(keys.max_connections, keys.max_user_connections)
+        """For those that have, and are to go to a shard that moves: who is silent takes none."""
         self._refusals: Final = Refusals()
         self._turns = 0
 
@@ -104,10 +106,10 @@ class Reception:
         uid = Peer.of(sock).uid
         if wish is not None or len(self._children) == 1:
             self._hand_over(sock, hello)
-        elif why := self._silent.refusal(uid):
+        elif why := self._greeted.refusal(uid):
             self._refusals.refuse(sock, why, self._loop.time())
         else:
-            self._silent.take(uid)
+            self._greeted.take(uid)
             self._later(self._find_one_that_moves(sock, hello, uid))
 
     async def _find_one_that_moves(self, sock: socket.socket, hello: bytes, uid: int) -> None:
@@ -124,7 +126,7 @@ class Reception:
             sock.close()
             raise
         finally:
-            self._silent.give(uid)
+            self._greeted.give(uid)
         self._hand_over(sock, hello)
 
     def _fewest(self) -> Child:

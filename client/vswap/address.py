@@ -180,6 +180,9 @@ def unconnected_socket(candidate: Candidate) -> socket.socket:
     Raises:
         OSError: the place is not to be trusted, or is not there.
     """
+    if "\0" in os.fspath(candidate.path):
+        # At the beginning it would be another kind of name, and elsewhere the path's end.
+        raise OSError("no path has a NUL in it")
     if candidate.private:
         _check_private(candidate.path.parent)
     return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)

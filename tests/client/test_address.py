@@ -194,6 +194,8 @@ def test_what_is_wrong_with_the_way_is_told(
     everybody_says(socket_path / "sock", "Not a directory", capsys)
     long = socket_path.with_name("x" * 120)
     everybody_says(long, "AF_UNIX path too long", capsys)
+    for name in ("\0abstract", "/tmp/a\0b"):
+        everybody_says(Path(name), "no path has a NUL in it", capsys)
 
 
 def test_a_link_to_a_daemon_leads_there(fake: FakeDaemon) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,8 @@ import vswap
 import vswap.aio
 from support.daemon import RunningDaemon, running_daemon
 from support.deadly import KILLS_LOADS, KILLS_STORES, UNDER
-from vswap.protocol import PAGE_BYTES
+from support.fake_daemon import FakeDaemon
+from vswap.protocol import PAGE_BYTES, Header, Op, Status
 
 MANY = 1000
 """Pages of a call that is several frames on each shard."""
@@ -38,13 +41,13 @@ def with_page(content: bytes, index: int, page: bytes) -> bytes:
     return content[: index * PAGE_BYTES] + page + content[(index + 1) * PAGE_BYTES :]
 
 
-def blocking(daemon: RunningDaemon, play: Callable[[Any], Any]) -> Any:
+def blocking(daemon: Any, play: Callable[[Any], Any]) -> Any:
     """Play with a space, each call of which is awaited: here they are over when they return."""
     with vswap.connect(daemon.socket_path, timeout=60) as space:
         return asyncio.run(play(Awaited(space)))
 
 
-def tasks(daemon: RunningDaemon, play: Callable[[Any], Any]) -> Any:
+def tasks(daemon: Any, play: Callable[[Any], Any]) -> Any:
     """The same with the client for asyncio."""
 
     async def main() -> Any:
@@ -155,6 +158,35 @@ def test_what_was_sent_beside_it_gets_through(daemon: RunningDaemon) -> None:
 
     tasks(daemon, play)
     assert 3 <= daemon.log.count(DIED) <= 4
+
+
+class Restarting(FakeDaemon):
+    """Is restarted whenever it is asked for a page: says so, and ends the connection."""
+
+    def __init__(self, path: Path, restarts: int) -> None:
+        super().__init__(path, token="7" * 32, resumable=True, kept=True, window=0)
+        self.restarts = restarts
+
+    def answer(self, header: Header, body: bytes) -> Iterator[bytes]:
+        """See FakeDaemon."""
+        if header.op == Op.LOAD and self.restarts:
+            self.restarts -= 1
+            yield self.refusal(header, Status.STOPPING, "the daemon is restarted")
+        else:
+            yield from super().answer(header, body)
+
+
+@both
+def test_restarts_are_no_deaths(tmp_path: Path, run: Callable[..., Any]) -> None:
+    """A daemon that says that it stops has not died of what it was asked, however often it does."""
+    with Restarting(tmp_path / "s", 5) as daemon:
+
+        async def play(space: Any) -> None:
+            slots = await space.store(noise(1))
+            assert await space.load(slots) == noise(1)
+
+        run(SimpleNamespace(socket_path=daemon.path), play)
+        assert daemon.restarts == 0
 
 
 def test_other_clients_get_through(daemon: RunningDaemon) -> None:

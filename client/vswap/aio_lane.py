@@ -248,7 +248,7 @@ class AsyncLane:
             frame = conversation.request(queue[0] if queue else None, self.shard)
             if frame is not None:
                 self._buffers += frame
-                pending += sum(map(len, frame))
+                pending += sum(view.nbytes for view in frame)
             elif conversation.full:
                 return
             elif queue:
@@ -256,8 +256,8 @@ class AsyncLane:
 
     def _drop(self, sent: int) -> None:
         buffers, done = self._buffers, 0
-        while done < len(buffers) and sent >= len(buffers[done]):
-            sent -= len(buffers[done])
+        while done < len(buffers) and sent >= buffers[done].nbytes:
+            sent -= buffers[done].nbytes
             done += 1
         del buffers[:done]
         if sent:
@@ -282,7 +282,7 @@ class AsyncLane:
         conversation, left = self.conversation, _READ_BYTES
         while left > 0:
             # No variable for it: a traceback must not hold the caller's memory.
-            wanted_bytes = len(conversation.wanted)
+            wanted_bytes = conversation.wanted.nbytes
             if self._unheard:
                 count, self.descriptor = receive(self._sock, conversation.wanted)
                 self._unheard = False

@@ -19,6 +19,7 @@ This module must not know sockets, event loops, threads, or what the calls mean.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Final
 
 import numpy as np
@@ -123,7 +124,7 @@ class Conversation:
         body, frame.body = frame.body, []  # only what is being sent holds on to the pages
         body_bytes = 0
         for view in body:
-            body_bytes += len(view)
+            body_bytes += view.nbytes
         header = pack_header(
             frame.op,
             body_bytes,
@@ -155,14 +156,14 @@ class Conversation:
             ProtocolError: what arrived cannot be the reply; close the connection.
             ConnectionLost: the daemon says that it closes the connection.
         """
-        if count < len(self.wanted):
+        if count < self.wanted.nbytes:
             self.wanted = self.wanted[count:]
             return None
         if self._header is None:
             self._begin_body()
         while self._later:
             view = self._later.popleft()
-            if len(view):
+            if view.nbytes:
                 self.wanted = view
                 return None
         return self._end_reply()
@@ -174,12 +175,12 @@ class Conversation:
             _, owner, frame = self._unanswered[0]
             # Not so for the slots of a store: they are to be freed.
             if owner is call and frame.op is Op.LOAD:
-                left = len(self.wanted) + sum(len(view) for view in self._later)
+                left = self.wanted.nbytes + _bytes_of(self._later)
                 self._later.clear()
                 self.wanted = memoryview(bytearray(left))
         for _, owner, frame in self._unanswered:
             if owner is call and frame.op is Op.LOAD and frame.targets is not None:
-                frame.targets = [memoryview(bytearray(sum(map(len, frame.targets))))]
+                frame.targets = [memoryview(bytearray(_bytes_of(frame.targets)))]
         for owner, frame in (*(each[1:] for each in self._interrupted), *self._again):
             if owner is call and frame.op is Op.LOAD:
                 frame.targets = []  # it is not sent again
@@ -273,7 +274,7 @@ class Conversation:
         if header.status != Status.OK or frame.targets is None:
             self._want_text(header)
             return
-        expected = sum(map(len, frame.targets))
+        expected = _bytes_of(frame.targets)
         if header.body_bytes != expected:
             raise ProtocolError(
                 f"the daemon's reply to {frame.op.name} has {header.body_bytes} bytes of body,"
@@ -322,6 +323,10 @@ def _deadly(frame: Frame, slots: U64) -> DeadlyRequest:
         f" {frame.count} pages: it is not sent again (the daemon's journal has the cause)",
         slots,
     )
+
+
+def _bytes_of(views: Iterable[View]) -> int:
+    return sum(view.nbytes for view in views)
 
 
 def _closes(status: int) -> bool:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vswap.buffers import byte_view, bytes_of_array, empty_bytes, target_of
+from vswap.buffers import byte_view, check_whole, empty_bytes, target_of
 from vswap.errors import U64, BadBuffer, HandleFreed
 from vswap.pages import Pages, View
 from vswap.protocol import PAGE_BYTES
@@ -73,8 +73,7 @@ def take_apart(source: Buffer) -> tuple[View, Form]:
     if not isinstance(source, np.ndarray):
         view = byte_view(source)
         return view, Form(nbytes=view.nbytes, length=view.nbytes)
-    if isinstance(source, np.ma.MaskedArray):
-        raise BadBuffer("a masked array would lose its mask: put its data and its mask")
+    check_whole(source)
     array: npt.NDArray[Any] = np.asarray(source)
     order: Literal["C", "F"] = "C"
     if not array.flags.c_contiguous:
@@ -89,7 +88,7 @@ def take_apart(source: Buffer) -> tuple[View, Form]:
         shape=array.shape,
         order=order,
     )
-    return bytes_of_array(array).data, form
+    return byte_view(array), form
 
 
 class Receiver:

@@ -320,8 +320,8 @@ class Lane:
                 buffers.clear()
                 self._read_last_words(error)
             done = 0
-            while done < len(buffers) and sent >= len(buffers[done]):
-                sent -= len(buffers[done])
+            while done < len(buffers) and sent >= buffers[done].nbytes:
+                sent -= buffers[done].nbytes
                 done += 1
             del buffers[:done]
             if sent:

@@ -1,6 +1,7 @@
 """Whole pages in a caller's buffer, and how some of them are sent or filled.
 
 Invariants:
+- `whole` and `tail` are rows of single bytes, so that slices of them are slices of pages.
 - Pages in one row are never copied: views look into the caller's memory.
 - Nothing is held on to after `let_go`.
 
@@ -52,6 +53,7 @@ class Pages:
 
     def __init__(self, whole: View, tail: View | None = None, place: Place | None = None) -> None:
         assert whole.nbytes % PAGE_BYTES == 0
+        assert len(whole) == whole.nbytes  # cut by items, and counted as bytes
         self.whole = whole
         self.tail = tail
         self.place = place

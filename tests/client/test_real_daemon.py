@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import signal
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ import vswap.aio
 from support.daemon import RunningDaemon, running_daemon
 from vswap.control import Control
 from vswap.peer import FRAME_PAGES
-from vswap.protocol import PAGE_BYTES
+from vswap.protocol import PAGE_BYTES, SLOT_BYTES, Op, pack_header
 
 MANY = 20 * FRAME_PAGES + 7
 
@@ -54,6 +55,58 @@ def test_objects_come_back(real_space: vswap.Space) -> None:
     with real_space.put(array) as handle, real_space.put(b"x" * 4097) as text:
         assert np.array_equal(handle.get(), array)
         assert text.get() == b"x" * 4097
+
+
+class Either(ctypes.Union):
+    _fields_ = (("number", ctypes.c_int), ("real", ctypes.c_double))
+
+
+class Packed(ctypes.Structure):
+    _pack_ = 1
+    _layout_ = "ms"
+    _fields_ = (("flag", ctypes.c_char), ("words", ctypes.c_uint16 * 3), ("end", ctypes.c_char))
+
+
+@pytest.mark.parametrize("kind", [Either, Packed])
+def test_data_is_never_read_as_requests(daemon: RunningDaemon, kind: type[ctypes.Union]) -> None:
+    """Items of several bytes whose format says one: a request among the data is data."""
+    assert ctypes.sizeof(kind) == 8
+
+    def data(victim: np.uint64) -> ctypes.Array[ctypes.Union]:
+        # After as many bytes as there are items, and after the first frame's: FREE of the victim.
+        request = pack_header(Op.FREE, SLOT_BYTES, count=1, flags=0, request_id=2)
+        request += int(victim).to_bytes(SLOT_BYTES, "little")
+        requests = (request * (PAGE_BYTES // len(request) + 1))[:PAGE_BYTES]
+        items = (kind * (PAGE_BYTES // 8))()
+        ctypes.memmove(items, bytes(512) + requests, PAGE_BYTES)
+        return items
+
+    precious = bytes(range(256)) * 16
+    with vswap.connect(daemon.socket_path, timeout=30) as space:
+        (victim,) = space.store(precious)
+        source = data(victim)
+        stored = space.store(source)
+        over = space.store(source, slots=space.store(precious))
+        assert space.load(stored) == space.load(over) == bytes(source)
+        with space.put(source) as handle:
+            assert handle.get() == bytes(source)
+        target = (kind * len(source))()
+        space.load(stored, into=target)
+        assert bytes(target) == bytes(source)
+        assert space.load([victim]) == precious
+
+    async def also_with_asyncio() -> None:
+        async with vswap.aio.connect(daemon.socket_path, timeout=30) as space:
+            (victim,) = await space.store(precious)
+            source = data(victim)
+            stored = await space.store(source)
+            over = await space.store(source, slots=await space.store(precious))
+            assert await space.load(stored) == await space.load(over) == bytes(source)
+            async with await space.put(source) as handle:
+                assert await handle.get() == bytes(source)
+            assert await space.load([victim]) == precious
+
+    asyncio.run(also_with_asyncio())
 
 
 def test_a_store_that_does_not_fit_leaves_nothing() -> None:

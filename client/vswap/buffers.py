@@ -104,7 +104,7 @@ def check_whole(owner: object, form: str = "") -> None:
     if isinstance(owner, _NUMPY):
         if owner.dtype.hasobject:
             _refuse_objects()
-        if isinstance(owner, np.ma.MaskedArray):
+        if _has_mask(owner):
             raise BadBuffer("a masked array would lose its mask: pass its data, and its mask")
         if isinstance(owner, str):
             raise BadBuffer(f"{type(owner).__name__} is text: encode it first")
@@ -113,6 +113,13 @@ def check_whole(owner: object, form: str = "") -> None:
             _refuse_objects()
     elif "O" in form and "O" in _FIELD_NAME.sub("", form):
         _refuse_objects()
+
+
+def _has_mask(array: npt.NDArray[Any] | np.generic) -> bool:
+    # numpy imports np.ma when it is first asked for: not to be done for plain arrays, in a call.
+    if type(array) is np.ndarray or not isinstance(array, np.ndarray):
+        return False
+    return isinstance(array, np.ma.MaskedArray)
 
 
 def _has_objects(kind: Any) -> bool:
@@ -186,7 +193,7 @@ def slots_of(slots: Slots) -> U64:
         BadBuffer: these are no slot ids.
     """
     given = slots if isinstance(slots, np.ndarray) else _array_of(slots)
-    if isinstance(given, np.ma.MaskedArray):
+    if _has_mask(given):
         _refuse_slots("a masked array")
     if given.dtype == _U64 and given.ndim == 1:
         return np.array(given, _U64)  # a copy in one row, whatever it was

@@ -5,7 +5,8 @@ another shard is opened when a call first has something to send there. Calls tha
 serve (new slots) are offered to all lanes in turn, and whichever has room takes the next frame.
 
 Invariants:
-- One lock; a call has the connection to itself. Threads wait for each other.
+- One lock; a call has the connection to itself. Threads wait for each other. What a handler of a
+  signal wants in the middle of a call of its own thread is refused.
 - After a typed error all replies of the call have been read: every lane is in step.
 - A lane that breaks because the daemon has died is taken up again, if what the daemon holds
   outlives it; the call goes on. So is one that no call has needed since, before the daemon ceases
@@ -23,18 +24,19 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import threading
 import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from vswap.errors import Broken, ConnectionLost, OutOfService, Stopping
+from vswap.locking import Lock
 
 if TYPE_CHECKING:
     from vswap.lane import Lane
     from vswap.planner import Call
 
+_ONE_CALL: Final = "a call on this connection"
 _REFUSED_S: Final = 1.0
 """How long a shard that had no room for one more lane is left alone."""
 _LOOK_S: Final = 1.0
@@ -70,8 +72,7 @@ class Connection:
         self._lanes: dict[int, Lane] = {home.shard: home}
         self._refused_at: dict[int, float] = {}
         self._looked_at = time.monotonic()
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+        self._lock = Lock(_ONE_CALL)
         self._why_closed: str | None = None
         _open_connections.add(self)
 
@@ -82,9 +83,7 @@ class Connection:
 
     def close(self, why: str = "it was closed") -> None:
         """Close it; the daemon then frees the space. A call in another thread is waited for."""
-        self._refuse_within()
-        with self._lock:
-            self._shut(why)
+        self._lock.run(self._shut, why)
 
     def run(self, call: Call) -> None:
         """Carry a call through. Its own errors are kept in it; ask it for its result.
@@ -95,26 +94,19 @@ class Connection:
                 sent.
             ProtocolError: the daemon answered nonsense; the connection is closed now.
         """
-        self._refuse_within()
         try:
-            # Nothing but `with` takes a lock, or gives it back, whenever a signal strikes.
-            with self._lock:
-                self._run_alone(call)
+            self._lock.run(self._run_alone, call)
         finally:
             call.release()
 
     def _run_alone(self, call: Call) -> None:
+        self._check_open()
+        lanes = self._lanes_for(call)
         try:
-            self._owner = threading.get_ident()
-            self._check_open()
-            lanes = self._lanes_for(call)
-            try:
-                self._carry_through(call, lanes)
-            except BaseException as error:
-                self._shut(str(error) or type(error).__name__)
-                raise
-        finally:
-            self._owner = None
+            self._carry_through(call, lanes)
+        except BaseException as error:
+            self._shut(str(error) or type(error).__name__)
+            raise
 
     def _carry_through(self, call: Call, lanes: list[Lane]) -> None:
         if self._resume is not None and len(self._lanes) > len(lanes):
@@ -158,15 +150,6 @@ class Connection:
             except (Broken, Stopping) as error:
                 self._resume(lane, error)
 
-    def _refuse_within(self) -> None:
-        """Refuse what a signal's handler wants in the middle of a call: it would wait for itself.
-
-        Raises:
-            RuntimeError: a call is running in this very thread.
-        """
-        if self._owner == threading.get_ident() and self._lock.locked():
-            raise RuntimeError("a call on this connection is running in this very thread")
-
     def _check_open(self) -> None:
         if self._why_closed is not None:
             raise ConnectionLost(f"the connection is closed: {self._why_closed}; connect() again")
@@ -174,13 +157,15 @@ class Connection:
     def _shut(self, why: str) -> None:
         if self._why_closed is None:
             self._why_closed = why
-            # Those, too, that have died since the last call, or while it waited for another one.
-            gone = [lane.shard for lane in self._lanes.values() if lane.gone]
-            for lane in self._lanes.values():
-                lane.close()
-            if self._forgo is not None:
-                for shard in gone:
-                    self._forgo(shard)
+        # Also if it was closed before: a signal may have struck in the middle of that.
+        # Those, too, that have died since the last call, or while it waited for another one.
+        gone = [lane.shard for lane in self._lanes.values() if lane.gone]
+        for lane in self._lanes.values():
+            lane.close()
+        self._lanes.clear()
+        if self._forgo is not None:
+            for shard in gone:
+                self._forgo(shard)
 
     # Lanes
 
@@ -242,8 +227,7 @@ _open_connections: weakref.WeakSet[Connection] = weakref.WeakSet()
 def _leave_to_the_parent() -> None:
     """In a forked child: two processes in one conversation would garble it."""
     for connection in list(_open_connections):
-        connection._lock = threading.Lock()  # noqa: SLF001 - another thread of the parent may hold it
-        connection._owner = None  # noqa: SLF001
+        connection._lock = Lock(_ONE_CALL)  # noqa: SLF001 - another thread of the parent may hold it
         connection._forgo = None  # noqa: SLF001 - it is the parent's
         connection._shut("it belongs to the process that this one was forked from")  # noqa: SLF001
 

@@ -21,7 +21,6 @@ import contextlib
 import mmap
 import os
 import socket
-import threading
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Final
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import numpy.typing as npt
 
+from vswap.locking import Lock
 from vswap.pages import Place
 from vswap.protocol import PAGE_BYTES
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 WINDOW_BYTES: Final = 4 << 20
 """What a client wishes for: a few large calls' worth. It costs nothing until it is written to."""
+_ONE_LOOK: Final = "a call that looks at the shared memory"
 
 
 class Window:
@@ -57,7 +58,7 @@ class Window:
         """What was given once, and is asked for again."""
         self.generation = 0
         """How often the memory was replaced by another."""
-        self._lock = threading.Lock()
+        self._lock = Lock(_ONE_LOOK)
         self._map(fd, size)
         _windows.add(self)
 
@@ -79,52 +80,59 @@ class Window:
 
         What was lent out stays with its borrowers, as memory that nobody shares.
         """
-        with self._lock:
-            self.generation += 1
-            if descriptor is not None and size and size % PAGE_BYTES == 0:
-                with contextlib.suppress(OSError, ValueError):
-                    self._map(descriptor, size)
-                    return
-            elif descriptor is not None:
-                os.close(descriptor)
-            self._address = self.size = 0
-            self._memory = np.empty(0, np.uint8)
-            self._lent = bytearray()
-            self._returned = deque()
+        self._lock.run(self._replace, descriptor, size)
+
+    def _replace(self, descriptor: int | None, size: int) -> None:
+        self.generation += 1
+        if descriptor is not None and size and size % PAGE_BYTES == 0:
+            with contextlib.suppress(OSError, ValueError):
+                self._map(descriptor, size)
+                return
+        elif descriptor is not None:
+            os.close(descriptor)
+        self._address = self.size = 0
+        self._memory = np.empty(0, np.uint8)
+        self._lent = bytearray()
+        self._returned = deque()
 
     def leave_to_the_parent(self) -> None:
         """In a forked child: lend nothing, and know nothing of what was lent."""
-        self._lock = threading.Lock()  # another thread of the parent may hold it
+        self._lock = Lock(_ONE_LOOK)  # another thread of the parent may hold it
         self.replace(None, 0)
 
     def buffer(self, pages: int) -> View | None:
         """Memory for `pages` pages, its content undefined; None: there is no such part left."""
-        with self._lock:
-            while self._returned:
-                start, count = self._returned.popleft()
-                self._lent[start : start + count] = bytes(count)
-            start = self._lent.find(bytes(pages))
-            if start < 0:
-                return None
-            self._lent[start : start + pages] = b"\1" * pages
-            self._used = True
-            part = self._memory[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
-            # Views keep the object alive that they were made from: this one, not the whole window.
-            keeper = np.frombuffer(part, np.uint8)
-            weakref.finalize(keeper, self._returned.append, (start, pages)).atexit = False
+        return self._lock.run(self._lend, pages)
+
+    def _lend(self, pages: int) -> View | None:
+        while self._returned:
+            start, count = self._returned[0]
+            self._lent[start : start + count] = bytes(count)
+            self._returned.popleft()  # last: a signal may end this before
+        start = self._lent.find(bytes(pages))
+        if start < 0:
+            return None
+        self._lent[start : start + pages] = b"\1" * pages
+        self._used = True
+        part = self._memory[start * PAGE_BYTES : (start + pages) * PAGE_BYTES]
+        # Views keep the object alive that they were made from: this one, not the whole window.
+        keeper = np.frombuffer(part, np.uint8)
+        weakref.finalize(keeper, self._returned.append, (start, pages)).atexit = False
         return keeper.data
 
     def locate(self, pages: Pages) -> Pages:
         """Note in `pages` where in the window they are, if they are in it. Returns them."""
-        whole = pages.whole
-        if self._used and whole.nbytes:
-            address = _address(np.frombuffer(whole, np.uint8))
-            with self._lock:
-                offset = address - self._address
-                inside = offset >= 0 and offset + whole.nbytes <= self._memory.nbytes
-                if inside and offset % PAGE_BYTES == 0:
-                    pages.place = Place(self, self.generation, self._shard, offset)
+        if self._used and pages.whole.nbytes:
+            address = _address(np.frombuffer(pages.whole, np.uint8))
+            pages.place = self._lock.run(self._place_of, address, pages.whole.nbytes)
         return pages
+
+    def _place_of(self, address: int, size: int) -> Place | None:
+        offset = address - self._address
+        inside = offset >= 0 and offset + size <= self._memory.nbytes
+        if not inside or offset % PAGE_BYTES:
+            return None
+        return Place(self, self.generation, self._shard, offset)
 
 
 _windows: weakref.WeakSet[Window] = weakref.WeakSet()

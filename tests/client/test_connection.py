@@ -10,7 +10,8 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,8 +20,10 @@ import numpy as np
 import pytest
 
 import vswap
+from support.daemon import RunningDaemon
 from support.fake_daemon import HELLO, FakeDaemon
 from vswap.connection import Connection
+from vswap.errors import U64
 from vswap.lane import Lane
 from vswap.pages import Pages
 from vswap.peer import FRAME_PAGES
@@ -408,8 +411,8 @@ def test_hello_says_who_calls(socket_path: Path) -> None:
     assert HELLO["version"] == 1
 
 
-def interrupted_at(moment: int, space: vswap.Space) -> bool:
-    """Load a page; KeyboardInterrupt where signals are looked at for the nth time. Whether it hit.
+def struck_at(moment: int, handler: Callable[[], object], call: Callable[[], object]) -> bool:
+    """Call; the handler runs where signals are looked at for the nth time. Whether it came to that.
 
     That is where functions begin, and behind calls of what is written in C.
     """
@@ -421,29 +424,95 @@ def interrupted_at(moment: int, space: vswap.Space) -> bool:
         seen += ours and event in {"call", "c_return"}
         if ours and seen == moment:
             seen += 1
-            raise KeyboardInterrupt
+            handler()
 
     sys.setprofile(strike)
     try:
-        space.load([1])
-    except KeyboardInterrupt:
-        return True
+        call()
     finally:
         sys.setprofile(None)
+    return seen > moment
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupted_at(moment: int, call: Callable[[], object]) -> bool:
+    """Call; KeyboardInterrupt at that moment. Whether it came to that."""
+    try:
+        struck_at(moment, interrupt, call)
+    except KeyboardInterrupt:
+        return True
     return False
 
 
-def test_no_interrupt_leaves_the_connection_locked(fake: FakeDaemon) -> None:
+def is_free_for_others(space: vswap.Space) -> bool:
+    """Whether another thread's calls come to an end, be it an error."""
+
+    def call() -> None:
+        space.buffer(1)
+        with contextlib.suppress(vswap.ConnectionLost):
+            space.ping()
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+INTERRUPTED: dict[str, Callable[[vswap.Space, memoryview, U64], object]] = {
+    "load": lambda space, _, slots: space.load(slots),
+    "store of shared memory": lambda space, shared, _: space.store(shared),
+    "lending of shared memory": lambda space, *_: space.buffer(2),
+    "close": lambda space, *_: space.close(),
+}
+
+
+@pytest.mark.parametrize("name", INTERRUPTED)
+def test_no_interrupt_leaves_the_connection_locked(daemon: RunningDaemon, name: str) -> None:
     """Wherever in a call it strikes: the next one succeeds, or says why it cannot."""
-    fake.pages[1] = bytes(PAGE_BYTES)
     for moment in itertools.count(1):
-        space = vswap.connect(fake.path, timeout=30)
-        hit = interrupted_at(moment, space)
-        assert space._connection._lock.acquire(timeout=1), f"locked by moment {moment}"
-        space._connection._lock.release()
+        space = vswap.connect(daemon.socket_path, timeout=30)
+        shared = space.buffer(1)
+        slots = space.store(shared)
+        hit = interrupted_at(moment, partial(INTERRUPTED[name], space, shared, slots))
+        assert is_free_for_others(space), f"locked by moment {moment}"
         with contextlib.suppress(vswap.ConnectionLost):
             space.ping()
         space.close()
         if not hit:
             break
-    assert moment > 10
+    assert moment > 5
+
+
+@pytest.mark.parametrize("name", ["load", "store of shared memory", "lending of shared memory"])
+def test_no_handler_waits_for_its_own_thread(daemon: RunningDaemon, name: str) -> None:
+    """Wherever in a call a handler makes another one: it is carried out, or refused at once."""
+    refused = 0
+
+    def handler(space: vswap.Space) -> None:
+        nonlocal refused
+        try:
+            space.buffer(1)
+            space.ping()
+        except RuntimeError as error:
+            assert "running in this very thread" in str(error)  # noqa: PT017 - or it is carried out
+            refused += 1
+
+    def call(moment: int, over: list[bool]) -> None:
+        with vswap.connect(daemon.socket_path, timeout=30) as space:
+            shared = space.buffer(1)
+            slots = space.store(shared)
+            work = partial(INTERRUPTED[name], space, shared, slots)
+            over.append(not struck_at(moment, partial(handler, space), work))
+
+    for moment in itertools.count(1):
+        over: list[bool] = []
+        thread = threading.Thread(target=call, args=(moment, over), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert over, f"it waits for itself, or fails, at moment {moment}"
+        if over[0]:
+            break
+    assert 0 < refused < moment

@@ -40,6 +40,13 @@ def test_the_blocking_client_needs_no_asyncio(module: str) -> None:
     assert "asyncio" in loaded_by("import vswap.aio")
 
 
+def test_no_call_with_plain_arrays_imports_anything() -> None:
+    """What numpy has for arrays with masks is not loaded for arrays without."""
+    take = "slots_of(np.zeros(1, np.uint64)); take_apart(np.zeros(4)); pages_of(np.zeros(512))"
+    imports = "import numpy as np; from vswap.buffers import *; from vswap.handle import take_apart"
+    assert loaded_by(f"{imports}; {take}; byte_view(bytearray(9))") == loaded_by(imports)
+
+
 def test_the_package_is_typed() -> None:
     """py.typed is there for type checkers."""
     assert resources.files(vswap).joinpath("py.typed").is_file()

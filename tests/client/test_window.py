@@ -242,7 +242,8 @@ def test_a_forked_child_is_lent_nothing_of_it(daemon: RunningDaemon) -> None:
         assert space._window is not None
         view = space.buffer(1)
         view[:] = bytes(PAGE_BYTES)
-        with space._window._lock:
+
+        def fork() -> int:
             pid = os.fork()
             if pid == 0:
                 signal.alarm(20)  # it must not wait for who is not there
@@ -250,6 +251,9 @@ def test_a_forked_child_is_lent_nothing_of_it(daemon: RunningDaemon) -> None:
                     space.buffer(1)[:] = b"\1" * PAGE_BYTES
                     os._exit(0)
                 os._exit(1)
+            return pid
+
+        pid = space._window._lock.run(fork)
         assert os.waitpid(pid, 0)[1] == 0
         assert not any(space.buffer(1))
         assert not any(view)

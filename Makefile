@@ -15,7 +15,7 @@ MAKEFLAGS += --no-builtin-rules
 
 .PHONY: help
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z][a-z-]*:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 # -- development ----------------------------------------------------------------------------------
 
@@ -53,6 +53,10 @@ demo: $(DEMO)/stamp ## offload real memory to a daemon of its own and load it ba
 .PHONY: test
 test: $(VENV)/stamp ## run the whole test suite
 	$(BIN)/python -m pytest
+
+.PHONY: test-pythons
+test-pythons: $(VENV)/stamp ## test client, backends and commands on all other versions of Python that are supported
+	$(BIN)/python tests/pythons.py
 
 .PHONY: check
 check: $(VENV)/stamp ## formatting, lint and types

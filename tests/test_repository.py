@@ -94,6 +94,17 @@ def test_every_dependency_and_every_ignored_rule_has_its_reason() -> None:
             assert re.search(r", +# \S", line), line
 
 
+def test_every_supported_python_is_tested() -> None:
+    """From the oldest on that can be installed for: named, one after the other, and run by CI."""
+    project = tomllib.loads(_read("pyproject.toml"))
+    oldest = re.fullmatch(r">=3\.(\d+)", project["project"]["requires-python"])
+    assert oldest is not None
+    named = re.findall(r"Python :: 3\.(\d+)", _read("pyproject.toml"))
+    assert named == [str(minor) for minor in range(int(oldest[1]), 15)]
+    assert project["tool"]["mypy"]["python_version"] == f"3.{named[0]}"
+    assert "make test-pythons" in _read(".ci/run")
+
+
 @pytest.mark.parametrize("name", _python_files(*SOURCE_ROOTS))
 def test_modules_say_what_they_are(name: str) -> None:
     """Every module with code in it opens with a docstring."""

@@ -69,7 +69,10 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 # may use what the engine says of itself and each other, and nothing of the engine may use them.
 BESIDE = (
     "ctl",
+    "causes",
     "config",
+    "entry",
+    "held_signals",
     "host",
     "free_memory",
     "metrics",
@@ -78,6 +81,7 @@ BESIDE = (
     "peer",
     "sizes",
     "undumpable",
+    "whole_file",
 )
 
 # What of the devices is contract or plain data; the other modules there are devices.

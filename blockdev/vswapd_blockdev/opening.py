@@ -137,7 +137,12 @@ def _open(path: str, *, create: bool) -> tuple[int, bool]:
     if stat.S_ISBLK(mode):
         # The usual names of block devices are links. O_EXCL without O_CREAT: refuse one that is
         # mounted, swapped on, or part of something.
-        return os.open(path, _FLAGS & ~os.O_NOFOLLOW | os.O_EXCL), False
+        fd = os.open(path, _FLAGS & ~os.O_NOFOLLOW | os.O_EXCL)
+        if not stat.S_ISBLK(os.fstat(fd).st_mode):
+            # The link leads somewhere else by now: what is no device is not opened through links.
+            os.close(fd)
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return fd, False
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if not stat.S_ISREG(mode):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import json
+import os
 import pwd
 import sys
 import time
@@ -29,6 +31,7 @@ from vswapd.ctl.parser import build_parser
 from vswapd.ctl.screen import plain_table, render, safe
 from vswapd.ctl.svg import picture
 from vswapd.sizes import human_duration, human_size
+from vswapd.whole_file import WholeFile
 
 COLUMNS: Final = 80
 """Width of what goes to a file or a pipe."""
@@ -71,9 +74,7 @@ def status(options: Options) -> int:
             return 0
         document = control.status()
     if options.svg is not None:
-        Path(options.svg).write_text(
-            picture(_screen(document), "vswapctl status"), encoding="utf-8"
-        )
+        _write(Path(options.svg), picture(_screen(document), "vswapctl status"))
     elif options.json:
         print(json.dumps(document, indent=2))
     else:
@@ -83,6 +84,23 @@ def status(options: Options) -> int:
 
 def _screen(document: dict[str, Any], before: dict[str, Any] | None = None) -> RenderableType:
     return render(document, before, lambda name: _user(int(name)) if name.isdecimal() else name)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file as a whole, or to what is no file (/dev/stdout).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+        return
+    if path.is_symlink():
+        # Whoever has put it there may want us to write what it leads to.
+        raise OSError(errno.ELOOP, "is a link: name the file itself", str(path))
+    before = os.umask(0)
+    os.umask(before)
+    WholeFile.write(path, text.encode(), mode=0o666 & ~before).close()
 
 
 def _watch(control: Control, options: Options) -> None:

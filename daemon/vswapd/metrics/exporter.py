@@ -5,12 +5,14 @@ This module must not know what is measured.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Self
 
+from vswapd.config import ConfigError
 from vswapd.metrics.families import Snapshot
 from vswapd.metrics.page import MetricsServer, start
-from vswapd.metrics.textfile import TextfileWriter
+from vswapd.metrics.textfile import TextfileWriter, write_textfile
 
 
 class Exporter:
@@ -26,26 +28,54 @@ class Exporter:
         self._page: MetricsServer | None = None
         self._writer: TextfileWriter | None = None
 
-    def apply(self, listen: str, textfile: str) -> None:
+    def apply(self, listen: str, textfile: str, *, tried: bool = True) -> None:
         """Serve and write what metrics.listen and metrics.textfile say; "" is off.
 
-        Only what differs from before is touched, and the old page goes only once the new one is
-        there.
+        Args:
+            listen: where to serve the page.
+            textfile: the file to write.
+            tried: whether a new file has to be written once before this is done; else the journal
+                says so if it cannot be, and it is tried again for ever.
+
+        Only what differs from before is touched, and the old page and file go only once the new
+        ones are there.
 
         Raises:
-            ConfigError: the new page cannot be served; all is as it was.
+            ConfigError: the new page cannot be served, or the new file not be written; all is as
+                it was.
         """
-        if listen != self._listen:
-            page = start(listen, self._snapshot) if listen else None
-            if self._page is not None:
-                self._page.close()
-            self._page, self._listen = page, listen
-        if textfile != self._textfile:
-            # The old one first: it removes its file, which may be the same one.
-            if self._writer is not None:
-                self._writer.close()
-            self._writer = TextfileWriter(Path(textfile), self._snapshot) if textfile else None
-            self._textfile = textfile
+        page, writer = self._page, self._writer
+        with contextlib.ExitStack() as undo:
+            if listen != self._listen:
+                page = start(listen, self._snapshot) if listen else None
+                if page is not None:
+                    undo.callback(page.close)
+            if textfile != self._textfile:
+                writer = self._write(Path(textfile), tried=tried) if textfile else None
+            undo.pop_all()
+        if self._page is not None and page is not self._page:
+            self._page.close()
+        if self._writer is not None and writer is not self._writer:
+            self._writer.close()
+        self._page, self._listen = page, listen
+        self._writer, self._textfile = writer, textfile
+
+    def _write(self, path: Path, *, tried: bool) -> TextfileWriter:
+        if not tried:
+            return TextfileWriter(path, self._snapshot)
+        try:
+            # At once: later nobody would hear of it who has asked for it.
+            first = write_textfile(path, self._snapshot)
+        except OSError as error:
+            text = (
+                f"{path} cannot be written: {error.strerror}: name a file in a folder that exists"
+            )
+            raise ConfigError(text, key="metrics.textfile") from None
+        try:
+            return TextfileWriter(path, self._snapshot, first=first)
+        except BaseException:
+            first.remove()
+            raise
 
     def close(self) -> None:
         """Switch both off."""

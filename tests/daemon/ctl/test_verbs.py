@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pwd
 import sys
 from collections.abc import Callable, Iterator
@@ -372,6 +373,20 @@ def test_picture_that_cannot_be_written_is_exit_1(daemon: Daemon, run: Run, tmp_
     code, _, err = run("status", "--svg", str(tmp_path / "no/x.svg"))
     assert code == 1
     assert str(tmp_path / "no/x.svg") in err
+
+
+def test_picture_is_not_written_through_a_link(daemon: Daemon, run: Run, tmp_path: Path) -> None:
+    """A link at the path is refused, and what it leads to is what it was; a pipe is written to."""
+    (tmp_path / "victim").write_text("mine")
+    (tmp_path / "x.svg").symlink_to(tmp_path / "victim")
+    code, _, err = run("status", "--svg", str(tmp_path / "x.svg"))
+    assert (code, err) == (1, f"vswapctl: {tmp_path}/x.svg: is a link: name the file itself\n")
+    assert (tmp_path / "victim").read_text() == "mine"
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as pipe:
+        assert run("status", "--svg", f"/dev/fd/{writer}")[0] == 0
+        os.close(writer)
+        assert b"<svg" in pipe.read()
 
 
 def test_reader_that_has_seen_enough_is_no_error(

@@ -70,3 +70,32 @@ def test_page_that_cannot_be_served_changes_nothing() -> None:
         with pytest.raises(ConfigError, match=r"metrics\.listen: cannot listen"):
             exporter.apply(f"127.0.0.1:{taken.getsockname()[1]}", "")
         assert answers(port)
+
+
+@pytest.mark.parametrize("place", ["missing/a.prom", "folder.prom"])
+def test_file_that_cannot_be_written_changes_nothing(tmp_path: Path, place: str) -> None:
+    """It is tried before it is taken: else the old file and the old page go on."""
+    (tmp_path / "folder.prom").mkdir()
+    first, second = free_port(), free_port()
+    file = tmp_path / "a.prom"
+    before = set(threading.enumerate())
+    with Exporter(lambda: BUSY) as exporter:
+        exporter.apply(f"127.0.0.1:{first}", str(file))
+        with pytest.raises(ConfigError, match=r"metrics\.textfile: .*prom cannot be written: "):
+            exporter.apply(f"127.0.0.1:{second}", str(tmp_path / place))
+        assert answers(first)
+        assert not answers(second)
+        assert file.exists()
+        exporter.apply("", "")
+        assert not file.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.prom"]
+    assert set(threading.enumerate()) == before
+
+
+def test_file_is_there_when_it_was_taken(tmp_path: Path) -> None:
+    """Who has set metrics.textfile finds the file, without having to wait for it."""
+    with Exporter(lambda: BUSY) as exporter:
+        for name in ("a.prom", "b.prom", "../" + tmp_path.name + "/b.prom"):
+            exporter.apply("", str(tmp_path / name))
+            assert (tmp_path / name).read_text().startswith("# HELP")
+    assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import stat
 import threading
 from pathlib import Path
@@ -44,17 +45,17 @@ def test_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert stored(path) == BUSY["traffic"]["store_pages"]
 
 
-def test_failure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_the_old_file(tmp_path: Path) -> None:
     """If the new file cannot be finished, the old one stays and nothing lies beside it."""
     path = tmp_path / "vswap.prom"
     write_textfile(path, lambda: BUSY)
-
-    def fail(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "chmod", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_textfile(path, lambda: EMPTY)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{path}'"):
+            write_textfile(path, lambda: EMPTY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert stored(path) == BUSY["traffic"]["store_pages"]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -104,3 +105,18 @@ def test_failure_is_told_once_until_it_works_again(
     errors = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 1
     assert str(path) in errors[0].getMessage()
+
+
+def test_another_file_in_its_place_stays(tmp_path: Path) -> None:
+    """What somebody has put in place of the file is not removed with the writer."""
+    path = tmp_path / "vswap.prom"
+    with TextfileWriter(path, lambda: BUSY, period_s=3600):
+        while not path.exists():
+            os.sched_yield()
+        path.unlink()
+        path.write_text("mine")
+    assert path.read_text() == "mine"
+    with TextfileWriter(path, lambda: BUSY, period_s=3600):
+        while path.read_text() == "mine":
+            os.sched_yield()
+    assert not path.exists()

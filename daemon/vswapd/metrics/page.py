@@ -17,7 +17,7 @@ import selectors
 import socket
 import socketserver
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Self
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 CLIENT_TIMEOUT_S: Final = 5.0
 """A client that is silent for so long is cut off."""
+PATHS: Final = ("/metrics", "/")
+"""Where the page is; it has nothing but itself to offer, so the root is it, too."""
+METHODS: Final = ("GET", "HEAD")
 MAX_SCRAPES: Final = 8
 """Each open connection has a thread."""
 
@@ -40,7 +43,7 @@ _log = logging.getLogger(__name__)
 
 
 def start(listen: str, snapshot: Snapshot) -> MetricsServer:
-    """Serve metrics over HTTP, at any path.
+    """Serve metrics over HTTP.
 
     Args:
         listen: `ADDRESS:PORT`, as in metrics.listen.
@@ -65,7 +68,7 @@ class MetricsServer:
 
     def __init__(self, host: str, port: int, snapshot: Snapshot) -> None:
         self._http = (_Http6 if ":" in host else _Http)((host, port), _Handler)
-        self._http.set_app(_logged(make_wsgi_app(registry(snapshot))))
+        self._http.set_app(_page(snapshot))
         self.address: Final = (host, self._http.server_port)
         self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="metrics")
@@ -155,19 +158,41 @@ class _Handler(WSGIRequestHandler):
         _log.debug("metrics: %s", format % args)
 
 
-def _logged(app: Callable[..., Any]) -> WSGIApplication:
-    """The page; 503 if its numbers cannot be had for now, 500 and a line in the journal if ever."""
+def _page(snapshot: Snapshot) -> WSGIApplication:
+    """The page at PATHS, to be read and nothing else.
 
-    def page(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+    503 if its numbers cannot be had for now, 500 and a line in the journal if ever.
+    """
+    metrics = make_wsgi_app(registry(snapshot))
+
+    def answer(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        if environ["PATH_INFO"] not in PATHS:
+            return _text(start_response, "404 Not Found", f"the metrics are at {PATHS[0]}")
+        method = environ["REQUEST_METHOD"]
+        if method not in METHODS:
+            allow = ("Allow", ", ".join(METHODS))
+            return _text(start_response, "405 Method Not Allowed", "it can be read only", allow)
         try:
-            found: Iterable[bytes] = app(environ, start_response)
+            found: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
         except OutOfServiceError as error:
-            start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
-            return [f"no numbers: {error}\n".encode()]
+            return _text(start_response, "503 Service Unavailable", f"no numbers: {error}")
         except Exception:  # noqa: BLE001 - a border: one scrape fails, and it is logged
             _log.exception("metrics: no numbers")
-            start_response("500 Internal Server Error", [("Content-Type", "text/plain")])
-            return [b"no numbers: the journal has the cause\n"]
+            status = "500 Internal Server Error"
+            found = _text(start_response, status, "no numbers: the journal has the cause")
         return found
 
+    def page(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
+        body = answer(environ, start_response)
+        return [] if environ["REQUEST_METHOD"] == "HEAD" else body
+
     return page
+
+
+def _text(
+    start_response: StartResponse, status: str, text: str, *headers: tuple[str, str]
+) -> Iterable[bytes]:
+    body = f"{text}\n".encode()
+    kind = ("Content-Type", "text/plain; charset=utf-8")
+    start_response(status, [kind, ("Content-Length", str(len(body))), *headers])
+    return [body]

@@ -25,10 +25,12 @@ def server() -> Iterator[MetricsServer]:
     assert set(threading.enumerate()) == before
 
 
-def get(address: tuple[str, int], method: str = "GET") -> tuple[int, str, str]:
+def get(
+    address: tuple[str, int], method: str = "GET", path: str = "/metrics"
+) -> tuple[int, str, str]:
     connection = http.client.HTTPConnection(*address, timeout=20)
     try:
-        connection.request(method, "/metrics")
+        connection.request(method, path)
         reply = connection.getresponse()
         return reply.status, reply.headers["Content-Type"], reply.read().decode()
     finally:
@@ -54,6 +56,37 @@ def test_only_its_own_metrics_are_there(server: MetricsServer) -> None:
 def test_other_methods_are_refused(server: MetricsServer) -> None:
     """The page can be read and nothing else."""
     assert get(server.address, "POST")[0] == 405
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS", "PATCH", "NONSENSE"])
+def test_what_is_allowed_is_said(server: MetricsServer, method: str) -> None:
+    """405 names the methods that there are."""
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    connection.request(method, "/metrics")
+    reply = connection.getresponse()
+    assert (reply.status, reply.headers["Allow"]) == (405, "GET, HEAD")
+    connection.close()
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/", "/metrics?name=value"])
+def test_head_is_get_without_the_page(server: MetricsServer, path: str) -> None:
+    """HEAD answers with the status and the kind of a GET, and with nothing behind them."""
+    status, kind, text = get(server.address, path=path)
+    assert (status, bool(text)) == (200, True)
+    assert get(server.address, "HEAD", path) == (200, kind, "")
+    with socket.create_connection(server.address, timeout=20) as client:
+        client.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
+        said = b"".join(iter(lambda: client.recv(65536), b""))
+    assert said.endswith(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])
+@pytest.mark.parametrize("path", ["/favicon.ico", "/metric", "/metrics/", "/%00"])
+def test_other_pages_are_not_there(server: MetricsServer, method: str, path: str) -> None:
+    """What is no page of ours is 404, with where the page is."""
+    status, _, text = get(server.address, method, path)
+    assert status == 404
+    assert text == ("" if method == "HEAD" else "the metrics are at /metrics\n")
 
 
 def test_listen_is_the_configurations() -> None:

@@ -164,6 +164,8 @@ LIBDIR = $(PREFIX)/lib/vswapd
 COMMANDS := vswapd vswapctl
 module_vswapd := vswapd
 module_vswapctl := vswapd.ctl
+# A SIGHUP that comes before Python can be told what to do with it.
+before_vswapd := trap "" HUP; $(EMPTY)
 # Every file outside LIBDIR that an installation puts in place, configuration aside.
 INSTALLED = $(addprefix $(PREFIX)/, \
 	bin/vswapd bin/vswapctl \
@@ -191,7 +193,7 @@ install: stage ## install below PREFIX (/usr/local), staged below DESTDIR if giv
 	mv '$(DESTDIR)$(LIBDIR).new' '$(DESTDIR)$(LIBDIR)'
 	$(foreach command,$(COMMANDS), \
 		mkdir -p build/bin && \
-		printf '#!/bin/sh\nexec %s -I -m %s "$$@"\n' '$(LIBDIR)/bin/python' $(module_$(command)) \
+		printf '#!/bin/sh\n%sexec %s -I -m %s "$$@"\n' '$(before_$(command))' '$(LIBDIR)/bin/python' $(module_$(command)) \
 			> build/bin/$(command) && \
 		install -D -m 755 build/bin/$(command) '$(TO)/bin/$(command)' && \
 		install -D -m 644 $(STAGE)/completions/$(command).bash '$(TO)/share/bash-completion/completions/$(command)' && \

@@ -47,13 +47,15 @@ class SharedRegion:
             fd: of one that was made by another process; owned from now on.
             label: what says what the region is (see `read_label`), at most SYSTEM_PAGE bytes;
                 empty: nothing does. Of one that was made elsewhere: what it was made with.
+
+        Raises:
+            OSError: the system does not give so much, or none at all; the text says what.
         """
         assert len(label) <= SYSTEM_PAGE
         self._label_bytes: Final = SYSTEM_PAGE if label else 0
         self.size: Final = -(-size // SYSTEM_PAGE) * SYSTEM_PAGE
         made = fd < 0
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        self.fd: Final = os.memfd_create(name, flags) if made else fd
+        self.fd: Final = _memory_file(name) if made else fd
         try:
             if made:
                 os.ftruncate(self.fd, self.size + self._label_bytes)
@@ -62,9 +64,10 @@ class SharedRegion:
                 seals = fcntl.F_SEAL_SHRINK | _F_SEAL_GROW | fcntl.F_SEAL_SEAL
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, seals)
             self._map: Final = mmap.mmap(self.fd, self.size)
-        except OSError:
+        except OSError as error:
             os.close(self.fd)
-            raise
+            text = f"{self.size} bytes cannot be reserved for {name}: {error.strerror}"
+            raise OSError(error.errno, text) from None
         # Arrays over the region keep the mapping alive by themselves; the descriptor goes with us.
         weakref.finalize(self, os.close, self.fd)
         self._map.madvise(mmap.MADV_DONTDUMP)
@@ -124,6 +127,14 @@ class SharedRegion:
     def resident_bytes(self) -> int:
         """What the region really occupies, as the system counts it; the label not counted."""
         return os.fstat(self.fd).st_blocks * 512 - self._label_bytes
+
+
+def _memory_file(name: str) -> int:
+    try:
+        return os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        text = f"no memory can be had (memfd_create): {error.strerror}"
+        raise OSError(error.errno, text) from None
 
 
 def read_label(fd: int) -> bytes:

@@ -60,6 +60,16 @@ class Acceptor:
         self._pause = None
         self._loop.add_reader(self._listener, self._accept)
 
+    def move(self, listener: socket.socket) -> None:
+        """Accept from another socket from now on; the old one is closed, once who waits is in."""
+        self._accept()
+        self._loop.remove_reader(self._listener)
+        self._listener.close()
+        self._listener = listener
+        listener.setblocking(False)
+        if self._pause is None:
+            self._loop.add_reader(listener, self._accept)
+
     def close(self) -> None:
         """Accept no more, and close the socket."""
         if self._pause is not None:

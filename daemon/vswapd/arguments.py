@@ -5,6 +5,7 @@ This module must not know verbs, or what is done with the values.
 
 from __future__ import annotations
 
+import json
 from typing import Any, Final
 
 from vswapd.errors import ArgumentError
@@ -35,6 +36,8 @@ class Arguments:
         value = self.text(name)
         if not value.startswith("/") or "\0" in value:
             raise ArgumentError(f"{name}: {value!r} is no absolute path: the daemon runs elsewhere")
+        if not value.isascii() and value.encode(errors="ignore").decode() != value:
+            raise ArgumentError(f"{name}: {value!a} is no UTF-8 text: nothing can show it")
         return value
 
     def size(self, name: str, *, least: int) -> int:
@@ -56,7 +59,7 @@ class Arguments:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-            raise ArgumentError(f"{name}: {value!r}: write a whole number, 0 to {most}")
+            raise ArgumentError(f"{name}: {_shown(value)}: write a whole number, 0 to {most}")
         return value
 
     def flag(self, name: str, *, default: bool) -> bool:
@@ -65,7 +68,7 @@ class Arguments:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ArgumentError(f"{name}: {value!r}: write true or false")
+            raise ArgumentError(f"{name}: {_shown(value)}: write true or false")
         return value
 
     def end(self) -> None:
@@ -78,3 +81,8 @@ class Arguments:
         if name not in self:
             raise ArgumentError(f"{name} is missing")
         return self._left.pop(name)
+
+
+def _shown(value: Any) -> str:
+    """A value as it was written."""
+    return json.dumps(value, ensure_ascii=False)

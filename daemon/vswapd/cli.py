@@ -8,20 +8,18 @@ This module must not know what a service is made of.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NoReturn
 
-from vswapd import __version__, journal
+from vswapd import __version__, held_signals, journal
 from vswapd.config import Config, ConfigError, load
 from vswapd.errors import EngineError
 from vswapd.host import Host
 from vswapd.listener import ListenError
 
-_LOG: Final = logging.getLogger(__name__)
 SYSTEM_CONFIG: Final = "/etc/vswapd/vswapd.toml"
 _FILE: Final = {
     "bash": "_shtab_compgen_files",
@@ -42,7 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         epilog=(
             "Exit codes: 0, told to stop. 2, the command line is wrong. 69, the socket cannot be "
-            "had. 71, it cannot start, or go on. 78, the configuration is wrong."
+            "had. 70, a mistake of vswapd's. 71, it cannot start, or go on. 74, what it prints "
+            "cannot be written. 78, the configuration is wrong."
         ),
     )
     parser.add_argument("--version", action="version", version=f"vswapd {__version__}")
@@ -105,16 +104,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command; ends the process."""
     options = build_parser().parse_args(arguments)
     try:
-        sys.exit(_serve(options) if options.verb == "serve" else _check(options))
+        if options.verb == "serve":
+            held_signals.hold()
+            _serve(options)
+        else:
+            held_signals.release()
+            _check(options)
     except (ConfigError, ListenError, EngineError) as error:
         _fail(str(error), error.exit_code)
+    sys.exit(0)
 
 
 def _fail(text: str, code: int) -> NoReturn:
-    if logging.getLogger().handlers:
-        _LOG.error("%s", text)
-    else:
-        print(f"vswapd: {text}", file=sys.stderr)
+    journal.last_words("vswapd", text)
     sys.exit(code)
 
 
@@ -133,7 +135,7 @@ def _config(options: argparse.Namespace) -> tuple[Config, Path | None, tuple[str
     return load(source, overrides), source, overrides
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _serve(options: argparse.Namespace) -> None:
     config, source, overrides = _config(options)
     journal.set_up(config.log.level)
     # Only now: check-config and --help need no engine.
@@ -143,12 +145,10 @@ def _serve(options: argparse.Namespace) -> int:
         serve(config, source, overrides)
     except ServiceError as error:
         _fail(str(error), error.exit_code)
-    return 0
 
 
-def _check(options: argparse.Namespace) -> int:
+def _check(options: argparse.Namespace) -> None:
     config, _, _ = _config(options)
     config.settings(Host.here())
     for key, value in config.flat().items():
         print(f"{key} = {value}")
-    return 0

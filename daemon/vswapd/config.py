@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
+import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +70,8 @@ _SHARD_POOL: Final = 64 << 20
 _MOST_AUTO: Final = 16
 _RESERVE_SHARE: Final = 0.05
 """Of the memory that the daemon may use, where pool.reserve is `auto`."""
+_MOST_BYTES: Final = 1 << 20
+"""Of a file: hundreds of times what every key with its comment takes."""
 _BUFFERS_PART: Final = 8
 """Requests and replies under way take at most one part of so many of the memory."""
 
@@ -270,7 +274,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def _document(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(_content(path).decode())
     except OSError as error:
         why = error.strerror or str(error)
         raise ConfigError(f"cannot be read: {why}", source=str(path)) from None
@@ -278,8 +282,39 @@ def _document(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"is not UTF-8 text (byte {error.start}): save it as UTF-8", source=str(path)
         ) from None
+    except RecursionError:
+        text = "is not valid TOML: its arrays or tables are too deep"
+        raise ConfigError(text, source=str(path)) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"is not valid TOML: {error}", source=str(path)) from None
+    except ValueError:
+        text = "is not valid TOML: a number in it has thousands of digits"
+        raise ConfigError(text, source=str(path)) from None
+
+
+def _content(path: Path) -> bytes:
+    """What a file holds; anything that could keep us waiting for it is refused.
+
+    Raises:
+        OSError, ConfigError: it cannot be read, or is no configuration.
+    """
+    if not (path.is_file() or path == Path(os.devnull)):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists():
+            raise ConfigError(
+                "is no regular file: write the configuration to one", source=str(path)
+            )
+    with open(path, "rb", opener=_at_once) as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"is longer than {human_size(_MOST_BYTES)}", source=str(path))
+    return content
+
+
+def _at_once(path: str, flags: int) -> int:
+    """Open, and do not wait: it may have become something else since we looked."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def _walk(document: Mapping[str, Any], source: str) -> Iterator[tuple[str, Any]]:

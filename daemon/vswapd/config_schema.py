@@ -12,6 +12,7 @@ This module must not know files, hosts, or the engine.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -35,7 +36,7 @@ class _Value(Protocol):
 def _text(raw: object, hint: str) -> str | int:
     """What a grammar can be tried on: text, or a whole number."""
     if isinstance(raw, bool) or not isinstance(raw, str | int):
-        raise UnitError(f"{raw!r} is not understood: {hint}")
+        raise UnitError(f"{_shown(raw)} is not understood: {hint}")
     return raw
 
 
@@ -96,7 +97,7 @@ class Mode(int):
         """
         hint = 'write octal text such as "0660"'
         if not isinstance(raw, str) or not re.fullmatch("0?[0-7]{3}", raw):
-            raise UnitError(f"{raw!r} is no file mode: {hint}")
+            raise UnitError(f"{_shown(raw)} is no file mode: {hint}")
         return cls(int(raw, 8))
 
     def __str__(self) -> str:
@@ -232,7 +233,7 @@ class Shards(int):
         except ValueError:
             number = 0
         if not 1 <= number <= cls.most:
-            raise UnitError(f'{raw!r}: write "auto", or a whole number, 1 to {cls.most}')
+            raise UnitError(f'{_shown(raw)}: write "auto", or a whole number, 1 to {cls.most}')
         return cls(number)
 
     def __str__(self) -> str:
@@ -257,8 +258,10 @@ class CodecSpec(str):
         if isinstance(raw, str) and (found := re.fullmatch("(lz4hc|zstd):([1-9][0-9]?)", raw)):
             if int(found[2]) <= cls.levels[found[1]]:
                 return cls(raw)
-            raise UnitError(f"{raw!r}: levels of {found[1]} are 1 to {cls.levels[found[1]]}")
-        raise UnitError(f"{raw!r} is no codec: use lz4, lz4hc:1 to lz4hc:12, or zstd:1 to zstd:22")
+            raise UnitError(f"{_shown(raw)}: levels of {found[1]} are 1 to {cls.levels[found[1]]}")
+        raise UnitError(
+            f"{_shown(raw)} is no codec: use lz4, lz4hc:1 to lz4hc:12, or zstd:1 to zstd:22"
+        )
 
 
 class Tiers(str):
@@ -276,14 +279,16 @@ class Tiers(str):
         names = raw.split(",") if isinstance(raw, str) else raw
         if not isinstance(names, list) or not 1 <= len(names) <= cls.most:
             raise UnitError(
-                f'{raw!r}: write one codec or two, such as ["lz4", "zstd:3"]: for new pages, and '
-                "for pages that got old"
+                f'{_shown(raw)}: write one codec or two, such as ["lz4", "zstd:3"]: for new '
+                "pages, and for pages that got old"
             )
         codecs = [
             CodecSpec.parse(name.strip() if isinstance(name, str) else name) for name in names
         ]
         if len(set(codecs)) < len(codecs):
-            raise UnitError(f"{raw!r}: the second codec is for pages that got old: another one")
+            raise UnitError(
+                f"{_shown(raw)}: the second codec is for pages that got old: another one"
+            )
         return cls(",".join(codecs))
 
     most: Final = 2
@@ -428,6 +433,8 @@ def read_value(table: type[Keys], name: str, raw: object, *, from_text: bool) ->
         UnitError: not such a value; the text says what would be one.
     """
     kind = _TYPES[table][name]
+    if isinstance(raw, str) and not _can_be_named(raw):
+        raise UnitError(f"{raw!a} is no UTF-8 text, or has a zero byte: use another name")
     try:
         return msgspec.convert(raw, kind, strict=not from_text, dec_hook=_parse)
     except msgspec.ValidationError as error:
@@ -441,9 +448,19 @@ def _parse(kind: type, raw: Any) -> Any:
     return kind.parse(raw)
 
 
+def _can_be_named(text: str) -> bool:
+    """Whether text can be part of a status document, and of a path."""
+    return "\0" not in text and text.encode(errors="ignore").decode() == text
+
+
 def _shown(raw: object) -> str:
     """The offending value as the operator wrote it, or nearly."""
-    return str(raw).lower() if isinstance(raw, bool) else repr(raw)
+    if isinstance(raw, str):
+        return repr(raw)
+    try:
+        return json.dumps(raw, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        return str(raw)  # a date
 
 
 def _expected(kind: Any) -> str:

@@ -41,7 +41,9 @@ import vswap
 from vswap.protocol import PAGE_BYTES
 from vswapd import live_programs, sizes
 from vswapd.capture import Capture, CaptureError, capture
+from vswapd.causes import explained
 from vswapd.ctl.screen import render
+from vswapd.entry import OutputError
 from vswapd.sizes import human_size
 
 MIB: Final = 1 << 20
@@ -459,6 +461,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (DemoError, CaptureError, live_programs.ProgramFailedError, vswap.VswapError) as error:
         print(f"vswapctl demo: {error}", file=sys.stderr)
+        return 1
+    except OutputError:
+        raise  # whoever has started us knows what to say
+    except OSError as error:
+        print(f"vswapctl demo: {explained(error)}", file=sys.stderr)
         return 1
     console.print(f"that took {time.perf_counter() - start:.0f} s", style="dim")
     return 0

@@ -20,11 +20,11 @@ import signal
 import socket
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from vswapd import shard_process
+from vswapd import held_signals, shard_process
 from vswapd.channel import Channel
 from vswapd.shard_process import Birth
 
@@ -56,30 +56,47 @@ class Child:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def fork_shards(births: Sequence[Birth], unwanted: Sequence[int]) -> list[Child]:
+def fork_shards(births: Sequence[Birth], unwanted: Collection[int]) -> list[Child]:
     """Make the shards' processes. Nothing may have been started in this one yet.
 
     Args:
         births: what each is made with.
         unwanted: descriptors that shards are not to have: the listening sockets.
+
+    Raises:
+        OSError: the system has no process or descriptor for one; none is left.
     """
     gc.collect()
     # No collection shall write to what is shared.
     gc.freeze()
     children: list[Child] = []
-    for birth in births:
-        here, there = socket.socketpair()
-        pid = os.fork()
-        if pid == 0:
-            here.close()
-            for child in children:
-                child.sock.close()
-            for fd in unwanted:
-                os.close(fd)
-            _live(birth, there)
-        there.close()
-        children.append(Child(birth.index, pid, here))
+    with contextlib.ExitStack() as undo:
+        undo.callback(end_children, children)
+        for birth in births:
+            here, there = socket.socketpair()
+            with there, contextlib.ExitStack() as half:
+                half.callback(here.close)
+                pid = os.fork()
+                if pid == 0:
+                    here.close()
+                    for child in children:
+                        child.sock.close()
+                    for fd in unwanted:
+                        os.close(fd)
+                    _live(birth, there)
+                half.pop_all()
+            children.append(Child(birth.index, pid, here))
+        undo.pop_all()
     return children
+
+
+def end_children(children: Sequence[Child]) -> None:
+    """End those that nobody has waited for: the daemon could not start, or go on."""
+    for child in children:
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(child.pid, os.WNOHANG) == (0, 0):
+                _end(child.pid)
+        child.sock.close()
 
 
 def fork_again(birth: Birth) -> tuple[int, int, socket.socket]:
@@ -124,6 +141,7 @@ def _live(birth: Birth, sock: socket.socket) -> NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             # They are for the supervisor, also where the whole group gets them.
             signal.signal(number, signal.SIG_IGN)
+        held_signals.release()
         code = shard_process.run(birth, sock)
     except BaseException:  # noqa: BLE001 - it must not return into the supervisor's code
         _LOG.exception("shard %d failed by a mistake of ours", birth.index)

@@ -23,23 +23,31 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
-from vswapd import __version__, journal, status
+from vswapd import __version__, held_signals, journal, status
+from vswapd.acceptor import Acceptor
 from vswapd.beside import beside
 from vswapd.config import Config, ConfigError
 from vswapd.errors import EngineError, OutOfServiceError
 from vswapd.host import Host
-from vswapd.listener import Listener
+from vswapd.listener import Listener, ListenError
 from vswapd.notify import ServiceManager
 from vswapd.sizes import human_size
-from vswapd.steering import Reloaded
+from vswapd.steering import Reloaded, log_reloaded
 
 _LOG: Final = logging.getLogger(__name__)
 _STATUS_S: Final = 10.0
 """How often the line that `systemctl status` shows is made anew."""
+_NO_MORE_TIME: Final = (
+    "all the processor time is used that RLIMIT_CPU allows: raise it (LimitCPU= in a unit)"
+)
 _OTHER_DESCRIPTORS: Final = 128
 """What the daemon needs besides its connections, generously."""
+_LEAST_DESCRIPTORS: Final = 32
+_DESCRIPTORS_PER_SHARD: Final = 8
+"""What it cannot start without."""
 
 
 class ServiceError(Exception):
@@ -66,8 +74,10 @@ class Body(Protocol):
             ServiceError, OutOfServiceError: it cannot.
         """
 
-    def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
-        """Take connections."""
+    def listen(
+        self, listeners: list[socket.socket], made: contextlib.AsyncExitStack
+    ) -> list[Acceptor]:
+        """Take connections, from each socket by one acceptor."""
 
     def watch(self, period_s: float, tell: Callable[[], None]) -> Any:
         """A coroutine that tells of each beat, for ever, as long as there is one."""
@@ -112,6 +122,7 @@ def open_sockets(config: Config, host: Host, manager: ServiceManager) -> Sockets
         config.socket_path(host),
         mode=int(config.server.socket_mode),
         group=config.server.socket_group,
+        own_folder=not config.server.socket and host.makes_folder,
     )
     return Sockets(listener.path, [listener.socket], listener)
 
@@ -127,7 +138,9 @@ class Front:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
         self._serving = False
-        self._failure: str | None = None
+        self.failure: str | None = None
+        """Why the daemon cannot go on, if it cannot."""
+        self._acceptors: list[Acceptor] = []
         self._reloads: set[asyncio.Task[None]] = set()
         self._metrics: Any = None
         """The exporter, once metrics are switched on for the first time."""
@@ -143,10 +156,16 @@ class Front:
         Raises:
             ServiceError, OutOfServiceError, ConfigError: it could not start, or go on.
         """
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._loop.add_signal_handler(number, self._stopping.set)
-        # From here to the end: what the signal would do by default is an end without order.
-        self._loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+        held_signals.attend(
+            self._loop,
+            {
+                signal.SIGTERM: self._stopping.set,
+                signal.SIGINT: self._stopping.set,
+                signal.SIGHUP: self._hang_up,
+                signal.SIGXCPU: partial(self.fail, _NO_MORE_TIME),
+            },
+        )
+        journal.begin()
         async with contextlib.AsyncExitStack() as made:
             await self._start(made)
             if self._stopping.is_set():
@@ -161,26 +180,25 @@ class Front:
             _LOG.info("vswapd %s serves %s", __version__, self._sockets.where)
             await self._stopping.wait()
             self._serving = False
-            if self._failure is None:
+            if self.failure is None:
                 _LOG.info("stopping: requests under way are finished first")
             self._manager.tell(STOPPING="1", STATUS="Stopping")
-        if self._failure is not None:
-            raise ServiceError(self._failure)
+        if self.failure is not None:
+            raise ServiceError(self.failure)
         _LOG.info("stopped")
 
     def fail(self, text: str) -> None:
         """Stop because the daemon cannot go on."""
-        self._failure = self._failure or text
+        self.failure = self.failure or text
         self._stopping.set()
 
     async def _start(self, made: contextlib.AsyncExitStack) -> None:
         """Make everything, and leave in `made` how it is unmade."""
-        if self._sockets.own is not None:
-            made.callback(self._sockets.own.close)
         await self.body.start(made)
         made.push_async_callback(asyncio.to_thread, self._close_metrics)
-        await asyncio.to_thread(self.configure, self._config)
-        self.body.listen(self._sockets.listeners, made)
+        # A file that cannot be written now may be later: that is no reason not to start.
+        await asyncio.to_thread(self.configure, self._config, tried=False)
+        self._acceptors = self.body.listen(self._sockets.listeners, made)
         beside(made, self._tell_status())
         if self._manager.watchdog_s is not None:
             tell = self.body.watch(
@@ -225,25 +243,29 @@ class Front:
             settings=config.flat(),
         )
 
-    def configure(self, config: Config) -> None:
+    def configure(self, config: Config, *, tried: bool = True) -> None:
         """Put metrics and logging into force. May block; not for the event loop's thread.
+
+        Args:
+            config: says what.
+            tried: see Exporter.apply.
 
         Raises:
             ConfigError: it cannot be done; all is as it was.
         """
         with self._metrics_lock:
             if not self._metrics_ended:
-                self._apply_metrics(config.metrics.listen, config.metrics.textfile)
+                self._apply_metrics(config.metrics.listen, config.metrics.textfile, tried=tried)
         journal.set_up(config.log.level)
 
-    def _apply_metrics(self, listen: str, textfile: str) -> None:
+    def _apply_metrics(self, listen: str, textfile: str, *, tried: bool) -> None:
         if self._metrics is None and (listen or textfile):
             # Only now: it brings a library of 3 MB.
             from vswapd.metrics import Exporter
 
             self._metrics = Exporter(self._document)
         if self._metrics is not None:
-            self._metrics.apply(listen, textfile)
+            self._metrics.apply(listen, textfile, tried=tried)
 
     def _document(self) -> dict[str, Any]:
         """The status document, for threads.
@@ -275,11 +297,23 @@ class Front:
         except (ConfigError, EngineError) as error:
             _LOG.error("reload: nothing was changed: %s", error)
         else:
-            _LOG.info("reload: changed %s", ", ".join(done.changed) or "nothing")
-            if done.ignored:
-                _LOG.warning("reload: needs a restart to take effect: %s", ", ".join(done.ignored))
+            log_reloaded(done)
         finally:
+            self._look_after_socket()
             self._manager.tell(READY="1", STATUS=await self._headline())
+
+    def _look_after_socket(self) -> None:
+        """Make our own socket again if it was removed: nobody could reach us any more."""
+        own = self._sockets.own
+        if own is None or own.is_there() or not self._serving:
+            return
+        try:
+            own.make_again()
+        except ListenError as error:
+            _LOG.error("reload: nobody can connect any more: %s", error)
+        else:
+            self._acceptors[0].move(own.socket)
+            _LOG.warning("reload: %s was not there any more, and was made again", own.path)
 
 
 def cannot_lock(error: OSError) -> str:
@@ -292,11 +326,15 @@ def cannot_lock(error: OSError) -> str:
     )
 
 
-def raise_descriptors(config: Config) -> None:
+def raise_descriptors(config: Config, host: Host) -> None:
     """Allow as many descriptors as the connections need, or say that they cannot be had.
 
     Here, and in processes that are forked from now on: any of them may have all connections.
+
+    Raises:
+        ServiceError: they would not do for the daemon itself.
     """
+    least = _LEAST_DESCRIPTORS + _DESCRIPTORS_PER_SHARD * config.shards(host)
     connections = config.server.max_connections
     # Operators have as many again.
     wanted = 2 * connections * (2 if config.server.window else 1) + _OTHER_DESCRIPTORS
@@ -306,6 +344,9 @@ def raise_descriptors(config: Config) -> None:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
             soft = most
+        if soft < least:
+            text = f"RLIMIT_NOFILE is {soft}: raise it (LimitNOFILE= in a unit) to {least} at least"
+            raise ServiceError(text)
         if soft < wanted:
             _LOG.warning(
                 "server.max_connections = %d needs more descriptors than the %d of RLIMIT_NOFILE",

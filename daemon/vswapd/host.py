@@ -25,7 +25,7 @@ def uid_of_user(name: str) -> int | None:
     """The uid of a user's name, or None if there is no such user."""
     try:
         return pwd.getpwnam(name).pw_uid
-    except KeyError:
+    except (KeyError, ValueError):  # no name has a zero byte
         return None
 
 
@@ -33,7 +33,7 @@ def gid_of_group(name: str) -> int | None:
     """The gid of a group's name, or None if there is no such group."""
     try:
         return grp.getgrnam(name).gr_gid
-    except KeyError:
+    except (KeyError, ValueError):
         return None
 
 
@@ -70,6 +70,11 @@ class Host:
         )
 
     @property
+    def makes_folder(self) -> bool:
+        """Whether the folder of `socket_path` is made by the daemon, for this user alone."""
+        return self.uid != 0 and self.runtime_dir is None
+
+    @property
     def socket_path(self) -> str:
         """Where the daemon of this user listens unless told otherwise; clients look there."""
         if self.uid == 0:
@@ -80,7 +85,11 @@ class Host:
 
 
 def _ram(root: Path) -> int:
-    for line in (root / "proc/meminfo").read_text().splitlines():
+    try:
+        text = (root / "proc/meminfo").read_text()
+    except FileNotFoundError as error:
+        raise OSError(error.errno, "is not there: mount /proc", error.filename) from None
+    for line in text.splitlines():
         name, _, rest = line.partition(":")
         if name == "MemTotal":
             return int(rest.split()[0]) * 1024

@@ -28,7 +28,7 @@ import logging
 import os
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
@@ -63,6 +63,10 @@ class RefusedError(KeepingError):
     """What an earlier process has left cannot be gone on with. It is left where it is."""
 
 
+class GivenUpError(Exception):
+    """Whoever has started this process does not want to wait for it any more."""
+
+
 class Keeper(Protocol):
     """Whoever outlives this process."""
 
@@ -93,26 +97,30 @@ class Life:
         ledger = shared_region(len(shapes)) if len(shapes) > 1 else None
         return cls([ShardMemory.create(shape) for shape in shapes], ledger, revived=False)
 
-    def wait_for_the_last(self) -> None:
-        """Wait until no other process is at work on it.
+    def wait_for_the_last(self, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Wait until no other process is at work on it, or it is given up.
 
         Raises:
             KeepingError: one does not end.
+            GivenUpError: `given_up` says so.
         """
-        _wait_for_the_last([memory.state.fd for memory in self.memories])
+        _wait_for_the_last([memory.state.fd for memory in self.memories], given_up)
 
 
-def _wait_for_the_last(states: Sequence[int]) -> None:
+def _wait_for_the_last(states: Sequence[int], given_up: Callable[[], bool]) -> None:
     """Wait until no process is at work on the memory of shards, by the descriptors of their state.
 
     Raises:
         KeepingError: one does not end.
+        GivenUpError: it is not to be waited for any longer.
     """
     end = time.monotonic() + _LAST_BREATH_S
     for shard, fd in enumerate(states):
         while not _hold(fd):
             if time.monotonic() > end:
                 raise KeepingError(f"shard {shard} of an earlier daemon is still at work: end it")
+            if given_up():
+                raise GivenUpError
             time.sleep(0.01)  # nothing is served yet
         fcntl.lockf(fd, fcntl.LOCK_UN)
 
@@ -141,8 +149,15 @@ def _hold(state: int) -> bool:
 class Keeping:
     """A daemon's memory with its service manager."""
 
-    def __init__(self, keeper: Keeper) -> None:
+    def __init__(self, keeper: Keeper, given_up: Callable[[], bool] = lambda: False) -> None:
+        """Take what an earlier process has left.
+
+        Args:
+            keeper: has it.
+            given_up: whether who waits for another process to end need not go on doing so.
+        """
         self._keeper = keeper
+        self._given_up = given_up
         self._found = keeper.take_kept()
         """Descriptors by region, once `found` has chosen; by name before."""
         self._names: dict[str, str] = {}
@@ -154,6 +169,7 @@ class Keeping:
         Raises:
             RefusedError: it is not whole, or cannot be converted.
             KeepingError: another process is still at work on it.
+            GivenUpError: the same, and nobody wants to wait for its end.
         """
         if _LIFE not in self._found:
             # Whoever began to keep this died before it served anybody.
@@ -202,7 +218,8 @@ class Keeping:
             if _kind(region) in before  # whatever else there is nobody will ask for
         }
         # Else what has been copied might still be changed.
-        _wait_for_the_last([self._found[_name(shard, "state")] for shard in range(shards)])
+        states = [self._found[_name(shard, "state")] for shard in range(shards)]
+        _wait_for_the_last(states, self._given_up)
         moment = Moment(clock=time.clock_gettime(time.CLOCK_BOOTTIME), wall=time.time())
         copies: dict[str, int] = {}
         try:

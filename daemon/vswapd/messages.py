@@ -110,6 +110,13 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """The shard cannot start; to be answered, so that it is heard before the process ends."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Beat:
     """The shard is alive: its event loop, its lock and its shrinker move."""
 

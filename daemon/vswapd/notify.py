@@ -24,6 +24,8 @@ _FIRST_FD: Final = 3
 """SD_LISTEN_FDS_START of sd_listen_fds(3)."""
 _KEPT: Final = "kept-"
 """How the names of descriptors begin that an earlier process had kept, and no socket's."""
+_MOST_DIGITS: Final = 18
+"""Of a number in the environment."""
 _KEEP_S: Final = 10.0
 """How long the manager may take to read what it is to keep."""
 
@@ -32,6 +34,11 @@ class ServiceManager:
     """Whoever started the daemon, as far as its environment tells."""
 
     def __init__(self, environment: MutableMapping[str, str] = os.environ) -> None:
+        """Take what the environment says.
+
+        Raises:
+            ValueError: it says that descriptors were passed which were not.
+        """
         address = environment.pop("NOTIFY_SOCKET", "")
         # An abstract address is written with @ and meant with a zero byte.
         self._address = "\0" + address[1:] if address.startswith("@") else address
@@ -42,8 +49,7 @@ class ServiceManager:
         self._stored = set(self._kept)
         """Names of which the manager has something, as far as it was told."""
         self._sockets = [fd for name, fd in inherited if not name.startswith(_KEPT)]
-        store = environment.pop("FDSTORE", "")
-        self._most = int(store) if store.isdecimal() else 0
+        self._most = _number(environment.pop("FDSTORE", "")) or 0
         self.keeps: Final = bool(self._address) and self._most > 0
         """Whether it keeps descriptors; see FileDescriptorStoreMax= of systemd.service(5)."""
 
@@ -134,20 +140,35 @@ def _listens(fd: int) -> bool:
 
 
 def _watchdog(environment: MutableMapping[str, str]) -> float | None:
-    usec, pid = environment.pop("WATCHDOG_USEC", ""), environment.pop("WATCHDOG_PID", "")
-    if pid not in {"", str(os.getpid())} or not usec.isdecimal() or not int(usec):
+    usec, pid = _number(environment.pop("WATCHDOG_USEC", "")), environment.pop("WATCHDOG_PID", "")
+    if pid not in {"", str(os.getpid())} or not usec:
         return None
-    return int(usec) / 1e6
+    return usec / 1e6
 
 
 def _inherited(environment: MutableMapping[str, str]) -> list[tuple[str, int]]:
-    """What was passed to this process, with the names that it has."""
-    pid, count = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
+    """What was passed to this process, with the names that it has.
+
+    Raises:
+        ValueError: it was not passed.
+    """
+    pid, said = environment.pop("LISTEN_PID", ""), environment.pop("LISTEN_FDS", "")
     names = environment.pop("LISTEN_FDNAMES", "").split(":")
-    if pid != str(os.getpid()) or not count.isdecimal():
-        return []
-    descriptors = list(range(_FIRST_FD, _FIRST_FD + int(count)))
+    if pid != str(os.getpid()) or not said:
+        return []  # they are another's
+    count = _number(said)
+    if count is None:
+        raise ValueError(f"{said} is no number of descriptors")
+    descriptors = range(_FIRST_FD, _FIRST_FD + count)
     for fd in descriptors:
-        os.set_inheritable(fd, False)
+        try:
+            os.set_inheritable(fd, False)
+        except (OSError, OverflowError):
+            raise ValueError(f"descriptor {fd} was not passed") from None
     names += [""] * (len(descriptors) - len(names))
     return list(zip(names[: len(descriptors)], descriptors, strict=True))
+
+
+def _number(text: str) -> int | None:
+    """A whole number of a variable; None: it is none, or none that anybody could mean."""
+    return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None

@@ -78,9 +78,10 @@ class Server:
 
     # Coming
 
-    def listen(self, listener: socket.socket) -> None:
+    def listen(self, listener: socket.socket) -> Acceptor:
         """Serve the connections of a listening Unix socket. It is closed by `stop`."""
         self._acceptors.append(Acceptor(listener, self.welcome))
+        return self._acceptors[-1]
 
     def welcome(self, sock: socket.socket, gone: Callable[[], None] = lambda: None) -> None:
         """Serve a connection that was accepted, here or elsewhere.

@@ -14,30 +14,31 @@ import dataclasses
 import logging
 import secrets
 import socket
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
-from vswapd import status
+from vswapd import held_signals, status
+from vswapd.acceptor import Acceptor
 from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Shards
 from vswapd.control import Control, KeptDevice
 from vswapd.errors import OutOfServiceError
-from vswapd.forking import Child, fork_shards
+from vswapd.forking import Child, end_children, fork_shards
 from vswapd.front import (
     Front,
     ServiceError,
+    Sockets,
     Tally,
     cannot_lock,
     open_sockets,
     raise_descriptors,
 )
 from vswapd.host import Host
-from vswapd.keeping import Keeping, KeepingError, Life, RefusedError, claim
+from vswapd.keeping import GivenUpError, Keeping, KeepingError, Life, RefusedError, claim
 from vswapd.notify import ServiceManager
 from vswapd.recovery import RecoveryError
 from vswapd.shard import Kept, Shard
@@ -114,11 +115,12 @@ class OneShard:
         except OSError as error:
             raise ServiceError(cannot_lock(error)) from None
 
-    def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
+    def listen(
+        self, listeners: list[socket.socket], made: contextlib.AsyncExitStack
+    ) -> list[Acceptor]:
         """See front.Body."""
         self._shard.serve(made)
-        for listener in listeners:
-            self._shard.server.listen(listener)
+        return [self._shard.server.listen(listener) for listener in listeners]
 
     def watch(self, period_s: float, tell: Callable[[], None]) -> Coroutine[Any, Any, None]:
         """See front.Body."""
@@ -208,10 +210,11 @@ def _life(config: Config, host: Host, keeping: Keeping, *, keeps: bool) -> Life 
 
     Raises:
         KeepingError: it cannot be gone on with, or kept.
+        GivenUpError: a signal has come meanwhile.
     """
     found = keeping.found()
     if found is not None:
-        found.wait_for_the_last()
+        found.wait_for_the_last(held_signals.asked_to_end)
         return found
     shards = config.shards(host)
     if shards == 1 and not keeps:
@@ -226,13 +229,17 @@ def _life(config: Config, host: Host, keeping: Keeping, *, keeps: bool) -> Life 
 def _cannot_go_on(error: KeepingError, manager: ServiceManager) -> ServiceError:
     """What the daemon ends with. Where somebody has to do something first, it waits before it does.
 
-    Whoever does it stops this process then: no signal is handled yet, so it ends at once.
+    Whoever does it stops this process then.
+
+    Raises:
+        GivenUpError: somebody has.
     """
     if not isinstance(error, RefusedError):
         return ServiceError(str(error))
     _LOG.error("%s", error)
     manager.tell(STATUS=f"refused: {error}")
-    time.sleep(_REFUSED_S)
+    if held_signals.asked_to_end_within(_REFUSED_S):
+        raise GivenUpError
     return ServiceError("what was left is looked at again")
 
 
@@ -274,7 +281,7 @@ def _with_metrics_that_can_be_served(config: Config, base: Config) -> Config:
 
     with Exporter(dict) as exporter:
         try:
-            exporter.apply(config.metrics.listen, config.metrics.textfile)
+            exporter.apply(config.metrics.listen, "")
         except ConfigError as error:
             _LOG.warning("metrics were set at run time, and are left out: %s", error)
             return dataclasses.replace(config, metrics=base.metrics)
@@ -292,7 +299,8 @@ def _several(
     life: Life,
     manager: ServiceManager,
     keeping: Keeping,
-    unwanted: list[int],
+    unwanted: Collection[int],
+    undo: contextlib.ExitStack,
 ) -> MakeBody:
     """Fork the shards of a daemon; what is returned makes their supervisor."""
     assert life.ledger is not None
@@ -315,6 +323,7 @@ def _several(
         for index, memory in enumerate(life.memories)
     ]
     children: list[Child] = fork_shards(births, unwanted)
+    undo.callback(end_children, children)
     boot_id = secrets.token_bytes(16)
 
     def make(front: Front) -> Supervisor:
@@ -331,49 +340,65 @@ def _several(
 
 
 def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
-    """Run a daemon until it is told to stop.
+    """Run a daemon until it is told to stop. Signals are held, see held_signals.
 
     Raises:
         ListenError, ServiceError, ConfigError: it could not start, or go on; the text says why.
+        OSError, MemoryError, RuntimeError: the system refuses what it cannot do without.
     """
     be_undumpable()
-    host, manager = Host.here(), ServiceManager()
+    host = Host.here()
+    try:
+        manager = ServiceManager()
+    except ValueError as error:
+        raise ServiceError(f"LISTEN_FDS: {error}") from None
     config.settings(host)  # what is wrong with it is found before anything is made
+    raise_descriptors(config, host)
     sockets = open_sockets(config, host, manager)
-    raise_descriptors(config)
     with contextlib.ExitStack() as undo:
+        for listener in sockets.listeners:
+            undo.callback(listener.close)
         if sockets.own is not None:
             undo.callback(sockets.own.close)
-        keeping = Keeping(manager)
         try:
-            life = _life(config, host, keeping, keeps=manager.keeps)
+            _serve(config, host, source, overrides, manager, sockets, undo)
+        except GivenUpError:
+            return
         except KeepingError as error:
             raise _cannot_go_on(error, manager) from None
-        if life is not None and life.revived:
-            config = _gone_on_with(config, host, life)
-        make_body: MakeBody = partial(
-            OneShard, config=config, host=host, source=source, overrides=overrides, life=life
+        except (RecoveryError, OutOfServiceError) as error:
+            raise ServiceError(str(error)) from None
+
+
+def _serve(
+    config: Config,
+    host: Host,
+    source: Path | None,
+    overrides: tuple[str, ...],
+    manager: ServiceManager,
+    sockets: Sockets,
+    undo: contextlib.ExitStack,
+) -> None:
+    """The same, once it has its socket."""
+    keeping = Keeping(manager, held_signals.asked_to_end)
+    life = _life(config, host, keeping, keeps=manager.keeps)
+    if life is not None and life.revived:
+        config = _gone_on_with(config, host, life)
+    make_body: MakeBody = partial(
+        OneShard, config=config, host=host, source=source, overrides=overrides, life=life
+    )
+    if life is not None and len(life.memories) > 1:
+        own = () if sockets.own is None else sockets.own.descriptors
+        unwanted = {*own, *(sock.fileno() for sock in sockets.listeners)}
+        make_body = _several(
+            config, host, source, overrides, life, manager, keeping, unwanted, undo
         )
-        if life is not None and len(life.memories) > 1:
-            unwanted = [sock.fileno() for sock in sockets.listeners]
-            try:
-                make_body = _several(
-                    config, host, source, overrides, life, manager, keeping, unwanted
-                )
-            except KeepingError as error:
-                raise _cannot_go_on(error, manager) from None
-        keeping.forget_the_rest()
-        undo.pop_all()
+    keeping.forget_the_rest()
 
     async def main() -> None:
         front = Front(config, sockets, manager)
-        try:
-            front.body = make_body(front)
-        except (KeepingError, RecoveryError) as error:
-            raise ServiceError(str(error)) from None
+        front.body = make_body(front)
         await front.run()
 
-    try:
-        asyncio.run(main())
-    except OutOfServiceError as error:
-        raise ServiceError(str(error)) from None
+    with asyncio.Runner() as runner:
+        runner.run(main())

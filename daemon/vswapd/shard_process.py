@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from vswapd import __version__, journal, status
+from vswapd import __version__, causes, journal, status
 from vswapd.beside import beside
 from vswapd.channel import Channel, ChannelClosedError
 from vswapd.claims import Claim, Connected, Known, Verdict
@@ -40,6 +40,7 @@ from vswapd.messages import (
     Attach,
     Beat,
     Carry,
+    Failed,
     Hungry,
     Inherit,
     Leave,
@@ -184,6 +185,12 @@ class ShardProcess:
         self._newest: Adopt | None = None
         """The last configuration that was to be adopted."""
         self._channel = Channel(sock, self._handle, self._stopping.set)
+        self._shard: Shard
+
+    def _make(self) -> None:
+        """Make the shard, over the memory that an earlier process may have left."""
+        birth = self._birth
+        claim(birth.memory)
         self._shard = Shard(
             config=birth.config,
             host=birth.host,
@@ -206,10 +213,23 @@ class ShardProcess:
         """Serve until told to stop.
 
         Raises:
-            ServiceError: it cannot start.
+            ServiceError: it cannot start; the supervisor has been told why.
         """
+        with contextlib.closing(self._channel):
+            try:
+                await self._run()
+            except Exception as error:
+                known = isinstance(error, (ServiceError, RecoveryError, KeepingError))
+                if self._ready.is_set() or not (known or causes.is_systems(error)):
+                    raise
+                why = str(error) if known else causes.explained(error)
+                with contextlib.suppress(ChannelClosedError):
+                    await self._channel.ask(Failed(why))
+                raise ServiceError(why) from None
+
+    async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as made:
-            made.callback(self._channel.close)
+            self._make()
             if self._birth.config.pool.lock_memory:
                 try:
                     self._shard.engine.lock_memory()
@@ -379,10 +399,15 @@ def run(birth: Birth, sock: socket.socket) -> int:
     async def main() -> None:
         await ShardProcess(birth, sock).run()
 
+    journal.begin()
     try:
-        claim(birth.memory)
         asyncio.run(main())
-    except (ServiceError, RecoveryError, KeepingError) as error:
-        _LOG.error("shard %d: %s", birth.index, error)
+    except ServiceError:
+        return ServiceError.exit_code  # the supervisor says it
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not causes.is_systems(error):
+            raise
+        # It has failed when it was to end: what it holds is what it has to be, as after a kill.
+        _LOG.warning("shard %d ends without order: %s", birth.index, causes.explained(error))
         return ServiceError.exit_code
     return 0

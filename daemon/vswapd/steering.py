@@ -69,11 +69,30 @@ def no_such_verb(verb: str, verbs: Iterable[str]) -> ArgumentError:
 
 def log_answer(verb: str, answer: dict[str, Any]) -> None:
     """What was done at somebody's request, for the journal."""
-    if verb != "spaces":
+    if verb == "reload":
+        log_reloaded(Reloaded(tuple(answer["changed"]), tuple(answer["ignored"])))
+    elif verb != "spaces":
         told = {key: value for key, value in answer.items() if key != "problems"}
         # Whoever may connect may make spaces and drop them again, as often as he likes.
         level = logging.DEBUG if verb == "drop" else logging.INFO
-        _LOG.log(level, "%s: %s", verb, " ".join(f"{k}={v!r}" for k, v in told.items()))
+        _LOG.log(level, "%s: %s", verb, ", ".join(f"{k} {_shown(v)}" for k, v in told.items()))
+
+
+def log_reloaded(done: Reloaded) -> None:
+    """What a reload has done, for the journal, whoever has asked for it."""
+    _LOG.info("reload: changed %s", ", ".join(done.changed) or "nothing")
+    if done.ignored:
+        _LOG.warning("reload: needs a restart to take effect: %s", ", ".join(done.ignored))
+
+
+def _shown(value: object) -> str:
+    match value:
+        case bool():
+            return "yes" if value else "no"
+        case None | "":
+            return "none"
+        case _:
+            return str(value)
 
 
 def with_set(old: Config, key: str, value: str) -> Config:

@@ -53,6 +53,7 @@ from vswapd.messages import (
     Attach,
     Beat,
     Carry,
+    Failed,
     Hungry,
     Inherit,
     Leave,
@@ -192,7 +193,7 @@ class Supervisor:
         try:
             await self._ask_all(Tell())
         except OutOfServiceError:
-            raise ServiceError("a shard cannot start: see above") from None
+            raise ServiceError(self._front.failure or "a shard cannot start") from None
         self._serving = True
         for used in self._devices.values():
             # A shard may have died before it had used it.
@@ -332,6 +333,9 @@ class Supervisor:
         match news:
             case Ready():
                 child.ready = True
+            case Failed(why):
+                what = "cannot be started again" if self._serving else "cannot start"
+                self._front.fail(f"shard {child.index} {what}: {why}")
             case Beat():
                 child.beaten = True
                 if all(each.beaten for each in self._children):
@@ -421,11 +425,15 @@ class Supervisor:
 
     # Connections
 
-    def listen(self, listeners: list[socket.socket], made: contextlib.AsyncExitStack) -> None:
+    def listen(
+        self, listeners: list[socket.socket], made: contextlib.AsyncExitStack
+    ) -> list[Acceptor]:
         """See front.Body."""
-        for listener in listeners:
-            made.callback(Acceptor(listener, self._reception.greet).close)
+        acceptors = [Acceptor(listener, self._reception.greet) for listener in listeners]
+        for acceptor in acceptors:
+            made.callback(acceptor.close)
         made.callback(self._give_up_waiting)
+        return acceptors
 
     def _give_up_waiting(self) -> None:
         for task in self._waiting:

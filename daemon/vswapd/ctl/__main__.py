@@ -1,8 +1,14 @@
 """`python -m vswapd.ctl` is vswapctl."""
 
-import sys
+from typing import NoReturn
 
-from vswapd.ctl.command import main
+from vswapd import entry
+
+
+def main() -> NoReturn:
+    """Run the command; ends the process."""
+    entry.run("vswapctl", "vswapd.ctl.command")
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,8 +19,10 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 import vswap
+from vswapd.causes import explained
 from vswapd.ctl import verbs
 from vswapd.ctl.parser import build_parser
+from vswapd.entry import OutputError
 
 EXIT_USAGE: Final = 2
 EXIT_VERSIONS: Final = 76
@@ -56,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has seen enough (`vswapctl status | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OutputError:
+        raise
     except OSError as error:
-        return _fail(str(error), 1)
+        return _fail(explained(error), 1)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     return code

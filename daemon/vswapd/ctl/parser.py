@@ -34,9 +34,9 @@ daemon runs as. Sizes are written as 512M or 1.5G: K, M, G and T are powers of 1
 """
 _EPILOG: Final = """\
 Exit codes: 0, done. 1, the daemon could not do it, or `verify` found something wrong. 2, the
-command line is wrong, or the daemon says so. 69, no daemon can be reached. 75, one is there and
-does not answer: try again later. 76, daemon and vswapctl are of different versions. 77, not
-permitted.
+command line is wrong, or the daemon says so. 69, no daemon can be reached. 71, the system refuses
+what it needs. 74, what it prints cannot be written. 75, a daemon is there and does not answer: try
+again later. 76, daemon and vswapctl are of different versions. 77, not permitted.
 """
 
 

@@ -91,7 +91,7 @@ def test_groups_take_what_they_leave_out_from_default(write: Callable[[str], Pat
             "server.tiers: there is no such key; did you mean pool.tiers?",
         ),
         ("[pool]\nqqqqq = 1", "pool.qqqqq: there is no such key; known here: pool.max, "),
-        ("[pool]\nmax = true", "pool.max: True is not understood: write 512M"),
+        ("[pool]\nmax = true", "pool.max: true is not understood: write 512M"),
         ("[pool]\nmax = 0.5", "pool.max: 0.5 is not understood: write 512M"),
         ('[pool]\nmax = "12Q"', "pool.max: '12Q' has a unit that sizes do not have: write 512M"),
         ('[pool]\nmax = "120%"', "pool.max: '120%' is more than the whole: write 0% to 100%"),

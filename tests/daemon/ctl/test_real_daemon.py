@@ -192,7 +192,7 @@ def test_taken_metrics_port_is_told_at_the_start(free_port: int, tmp_path: Path)
 # What argparse imports late is imported early: the interpreter may lie where only root can read.
 _AS_NOBODY = """
 import locale, os, sys
-import vswapd.ctl
+import vswapd.ctl.command
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sys.exit(vswapd.ctl.main(sys.argv[1:]))
 """

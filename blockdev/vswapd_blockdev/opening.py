@@ -317,7 +317,16 @@ def _names(path: str, fd: int) -> bool:
 
 
 def _remove(path: str, fd: int) -> None:
-    """Remove the file that was made, unless somebody has put another one in its place."""
-    if _names(path, fd):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+    """Remove the file that was made, unless somebody has put another one in its place.
+
+    In the folder where it is: what leads there may be a link to another one by now.
+    """
+    with contextlib.suppress(OSError):
+        folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            name = os.path.basename(path)
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+            if os.path.samestat(found, os.fstat(fd)):
+                os.unlink(name, dir_fd=folder)
+        finally:
+            os.close(folder)

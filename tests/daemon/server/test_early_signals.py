@@ -128,3 +128,16 @@ def test_no_more_processor_time(shards: int) -> None:
         daemon.await_exit(expected=71)
         assert daemon.log.splitlines()[-1].endswith("raise it (LimitCPU= in a unit)")
         assert not daemon.socket_path.exists()
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_signals_that_are_ignored_where_it_comes_from(shards: int) -> None:
+    """Also where signals are ignored from the start (nohup, a script's &) it reloads and stops."""
+    with running_daemon(
+        *("pool.max=8M", f"server.shards={shards}"),
+        under=("sh", "-c", 'trap "" HUP INT TERM; exec "$@"', "sh"),
+    ) as daemon:
+        daemon.reload()
+        assert "reload: changed nothing" in daemon.log
+        daemon.process.send_signal(signal.SIGINT)
+        daemon.await_exit(expected=0)

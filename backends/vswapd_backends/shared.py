@@ -21,7 +21,7 @@ import fcntl
 import mmap
 import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 import numpy as np
@@ -72,6 +72,8 @@ class SharedRegion:
         weakref.finalize(self, os.close, self.fd)
         self._map.madvise(mmap.MADV_DONTDUMP)
         self.view: Final = memoryview(self._map)
+        self.on_refusal: Callable[[OSError], None] | None = None
+        """Told when the kernel does not take memory back."""
 
     def bytes_array(self) -> npt.NDArray[np.uint8]:
         """The whole region as bytes, shape (size,); shares its memory."""
@@ -96,6 +98,28 @@ class SharedRegion:
         if result != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"punching {length} bytes at {offset}: {os.strerror(code)}")
+
+    def give_back(self, offset: int, length: int) -> bool:
+        """The same for pages that nobody needs any more: False if the kernel refused.
+
+        They occupy what they did then, which is no reason for anything else to fail.
+
+        Raises:
+            OSError: the kernel refused, and there is no `on_refusal` to tell.
+        """
+        try:
+            self.punch(offset, length)
+        except OSError as error:
+            if self.on_refusal is None:
+                raise
+            self.on_refusal(error)
+            return False
+        return True
+
+    def wipe(self, offset: int, length: int) -> None:
+        """Make whole pages zeros, and give them back to the system if it takes them."""
+        if not self.give_back(offset, length):
+            self.view[offset : offset + length] = bytes(length)
 
     def lock(self) -> None:
         """Keep pages of the region in RAM, each from its first touch on (MLOCK_ONFAULT).

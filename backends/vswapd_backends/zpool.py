@@ -91,11 +91,11 @@ class ZPool:
         self.in_use += 1
         if self._spare:
             occupied = self._occupied(self._spare[-1])
-            if occupied <= self.warm_bytes:
-                self.warm_bytes -= occupied
+            # What the system does not take back comes into use as it is.
+            if occupied <= self.warm_bytes or not self._punch_spare():
+                self.warm_bytes = max(0, self.warm_bytes - occupied)
                 self.spare_bytes -= occupied
                 return self._spare.pop()
-            self._punch(self._spare.pop())
         if self._free:
             return heapq.heappop(self._free)
         self.limit += 1
@@ -113,7 +113,8 @@ class ZPool:
             self._high[segment] = max(high, int(self._high[segment]))
             self.resident_bytes += self._occupied(segment) - before
             while self.resident_bytes > self.most_bytes and self._spare:
-                self._punch(self._spare.pop())
+                if not self._punch_spare():
+                    return
 
     def finished(self, segment: int, payload_end: int, count: int) -> None:
         """The segment's writer will write no more: give back pages it took over and did not use."""
@@ -122,7 +123,8 @@ class ZPool:
         before = self._occupied(segment)
         if low + high >= _SEGMENT_PAGES or before == (low + high) * PAGE_BYTES:
             return
-        self._punch_middle(segment, low, high)
+        if not self.region.give_back(*_middle(segment, low, high)):
+            return
         self._low[segment], self._high[segment] = low, high
         self.resident_bytes += self._occupied(segment) - before
 
@@ -132,7 +134,7 @@ class ZPool:
         self.spare_bytes += self._occupied(segment)
         self._spare.append(segment)
         if self.spare_bytes > self.most_bytes // _SPARE_SHARE:
-            self._punch(self._spare.pop())
+            self._punch_spare()
 
     @property
     def spare_segments(self) -> int:
@@ -148,16 +150,22 @@ class ZPool:
         before = self.resident_bytes
         count = len(self._spare) if most is None else min(most, len(self._spare))
         for _ in range(count):
-            self._punch(self._spare.pop())
+            if not self._punch_spare():
+                break
         return before - self.resident_bytes
 
-    def _punch(self, segment: int) -> None:
-        self.region.punch(segment * SEGMENT_BYTES, SEGMENT_BYTES)
+    def _punch_spare(self) -> bool:
+        """Give a spare segment's memory back; False if the system did not take it: still spare."""
+        segment = self._spare[-1]
+        if not self.region.give_back(segment * SEGMENT_BYTES, SEGMENT_BYTES):
+            return False
+        self._spare.pop()
         occupied = self._occupied(segment)
         self.resident_bytes -= occupied
         self.spare_bytes -= occupied
         self._low[segment] = self._high[segment] = 0
         heapq.heappush(self._free, segment)
+        return True
 
     def restore(self, used: npt.NDArray[np.bool_]) -> None:
         """Take up what another process has left: only these segments are handed out.
@@ -183,13 +191,9 @@ class ZPool:
         """
         low = -(-payload_end // PAGE_BYTES)
         high = -(-count * DIRECTORY_ENTRY_BYTES // PAGE_BYTES)
-        self._punch_middle(segment, low, high)
-        self._low[segment], self._high[segment] = low, high
-
-    def _punch_middle(self, segment: int, low: int, high: int) -> None:
         if low + high < _SEGMENT_PAGES:
-            first = segment * SEGMENT_BYTES + low * PAGE_BYTES
-            self.region.punch(first, (_SEGMENT_PAGES - low - high) * PAGE_BYTES)
+            self.region.punch(*_middle(segment, low, high))
+        self._low[segment], self._high[segment] = low, high
 
     def segment_view(self, segment: int) -> memoryview:
         """The bytes of one segment."""
@@ -202,3 +206,9 @@ class ZPool:
 
     def _occupied(self, segment: int) -> int:
         return min(int(self._low[segment] + self._high[segment]), _SEGMENT_PAGES) * PAGE_BYTES
+
+
+def _middle(segment: int, low: int, high: int) -> tuple[int, int]:
+    """Where the pages of a segment lie that are neither of its first nor last: offset, bytes."""
+    first = segment * SEGMENT_BYTES + low * PAGE_BYTES
+    return first, (_SEGMENT_PAGES - low - high) * PAGE_BYTES

@@ -241,10 +241,16 @@ class Connection:
         if self._state is not _State.MEMORY:
             self._return_memory()
             return
+        # Not here and now: whoever has returned the memory is in the middle of something.
+        self._hub.loop.call_soon(self._guard, self._begin_body)
+
+    def _begin_body(self) -> None:
+        """Receive the body for which there is memory now."""
+        if self._state is not _State.MEMORY or not self._taken:
+            return  # it has ended meanwhile, and what it had is returned, or its reply's
         self._make_buffer()
         self._read(True)
-        # Not here and now: whoever has returned the memory is in the middle of something.
-        self._hub.loop.call_soon(self._turn)
+        self._receive_some()
 
     def _make_buffer(self) -> None:
         if self._need:

@@ -12,6 +12,7 @@ This module must not know policy: which pages move, and when.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -21,6 +22,7 @@ from vswapd.budget import WriteBudget
 from vswapd.clusters import Clusters
 from vswapd.control import Control
 from vswapd.groups import Group, Groups, Space
+from vswapd.housekeeping import Housekeeping
 from vswapd.ledger import IDLE, Column, Ledger
 from vswapd.memory import Head, ShardMemory
 from vswapd.pressure import Pressure
@@ -85,6 +87,9 @@ class Core:
         self.groups: Final = Groups(settings, ledger, memory.groups)
         self.spaces: Final[dict[int, Space]] = {}
         self.stats: Final = Stats()
+        self.housekeeping: Final = Housekeeping(self.stats)
+        for region in (memory.table, memory.pool, memory.state):
+            region.on_refusal = partial(self.housekeeping.failed, "memory cannot be given back")
         self.slot_counts: I64 = np.zeros(TAGS, np.int64)
         """Allocated slots by tag; [FREE] is meaningless."""
         self.pool_was_full = False
@@ -102,16 +107,24 @@ class Core:
             self._publish_one(space, numbers.item(), words.item())
             self.enter(space.group)
             return
+        # What takes memory, first: it may not be there.
         old = table[numbers]
+        gains = [(tag, len(some), _entry_bytes(tag, some)) for tag, some in by_tag(words)]
+        losses = [
+            (tag, len(some), _entry_bytes(tag, some), _places(tag, some))
+            for tag, some in by_tag(old)
+        ]
         table[numbers] = words
-        for tag, some in by_tag(words):
-            self._account(space, tag, len(some), _entry_bytes(tag, some))
-        for tag, some in by_tag(old):
-            self._account(space, tag, -len(some), -_entry_bytes(tag, some))
+        for tag, count, length in gains:
+            self._account(space, tag, count, length)
+        for tag, count, length, places in losses:
+            self._account(space, tag, -count, -length)
+            if places is None:
+                continue
             if tag == Tag.ZSWAP:
-                self.zswap.give_up(places_of(some))
-            elif tag == Tag.PHYS:
-                self.devices.give_up(places_of(some))
+                self.zswap.give_up(places)
+            else:
+                self.devices.give_up(places)
         self.enter(space.group)
 
     def _publish_one(self, space: Space, number: int, word: int) -> None:
@@ -295,13 +308,18 @@ class Core:
 
     def look(self) -> None:
         """Look at the memory that is left: the limit of the pool follows it."""
+        self.housekeeping.do("memory cannot be looked at", self._look)
+
+    def _look(self) -> None:
         arena = self.zswap.arena
-        self.pressure.look(
-            self.settings.pool_max,
-            self.settings.pool_reserve,
-            lambda: self.pool_use() + arena.spare_bytes,
-        )
-        arena.most_bytes = self.pressure.limit
+        try:
+            self.pressure.look(
+                self.settings.pool_max,
+                self.settings.pool_reserve,
+                lambda: self.pool_use() + arena.spare_bytes,
+            )
+        finally:
+            arena.most_bytes = self.pressure.limit
         if self.pressure.why:
             arena.trim()
             self.enter()
@@ -363,3 +381,8 @@ class Core:
 def _entry_bytes(tag: int, words: U64) -> int:
     """Compressed bytes of words of one tag."""
     return total_length(words) if tag in _WITH_ENTRIES else 0
+
+
+def _places(tag: int, words: U64) -> Places | None:
+    """Where the entries of words of one tag lie; None: they have none."""
+    return places_of(words) if tag in _WITH_ENTRIES else None

@@ -335,9 +335,7 @@ class Driver:
                 return (end.value,)
             finally:
                 self._pending -= ended
-                waiters = self._moved_on()
-                for wake in waiters:
-                    wake()
+                self._wake_waiters()
 
     def _close(self, task: Task[T]) -> None:
         """Give a pending task up: its cleanup runs under the lock."""
@@ -346,8 +344,7 @@ class Driver:
                 task.close()
             finally:
                 self._pending -= 1
-                for wake in self._moved_on():
-                    wake()
+                self._wake_waiters()
 
     # What tasks need
 
@@ -391,11 +388,19 @@ class Driver:
 
     # News
 
-    def _moved_on(self) -> list[Callable[[], None]]:
-        """A pending task has taken a step; returns whom to wake. Under the lock."""
+    def _wake_waiters(self) -> None:
+        """A pending task has taken a step. Under the lock.
+
+        Whoever cannot be woken any more, as its event loop has gone, is no reason for the task that
+        took the step to fail.
+        """
         self._epoch += 1
         waiters, self._waiters = self._waiters, []
-        return waiters
+        for wake in waiters:
+            try:
+                wake()
+            except Exception as error:  # noqa: BLE001 - a border: others' results are at stake
+                self._trouble.of_housekeeping("a task that waits cannot be woken", error)
 
     def _subscribe(self, epoch: int, wake: Callable[[], None]) -> BaseException | None:
         """Call `wake` once the epoch is over: at once if it is.

@@ -180,6 +180,11 @@ class Fallback:
 
     def settle(self, group: Group, places: Places) -> None:
         """The words of a folio are published, or it is given up: let go of its extents."""
+        self._core.housekeeping.do(
+            "extents cannot be let go of", lambda: self._settle(group, places)
+        )
+
+    def _settle(self, group: Group, places: Places) -> None:
         group.settle_device(int(places.length.sum()))
         self._unpin(places)
         self.close_idle()
@@ -222,6 +227,10 @@ class Fallback:
 
     def close_idle(self) -> None:
         """Let go of extents in which nothing lives (any more). Cheap when there are none."""
+        if self._filling:
+            self._core.housekeeping.do("extents cannot be let go of", self._close_idle)
+
+    def _close_idle(self) -> None:
         for stream, filling in list(self._filling.items()):
             entry, extent = self._core.devices.device_of(filling.number)
             if not entry.live_entries[extent] and stream not in self._busy:

@@ -112,10 +112,15 @@ def groups_of_memory(root: Path = Path("/")) -> Iterator[tuple[str, Path, bool]]
         The group's name, its directory, which need not be there, and whether it is of version 2.
     """
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        text = (root / "proc/self/cgroup").read_text()
     except OSError:
         return  # a kernel without control groups has no limits
-    for line in lines:
+    yield from groups_named_in(text, root)
+
+
+def groups_named_in(text: str, root: Path = Path("/")) -> Iterator[tuple[str, Path, bool]]:
+    """The same, of a process whose /proc/PID/cgroup is this text."""
+    for line in text.splitlines():
         _, controllers, path = line.split(":", 2)
         if not controllers:
             mounts, unified = ["unified", ""], True
@@ -143,9 +148,16 @@ def _upwards(mount: Path, path: str) -> Iterator[Path]:
 def limit_in(file: Path) -> int | None:
     """The limit that a file of a control group holds, in bytes; None: it holds none."""
     try:
-        text = file.read_text().strip()
-    except OSError:
+        return limit_of(file.read_text())
+    except (OSError, ValueError):
         return None  # no such limit here: the root of a tree has none, or it is out of sight
-    if not text.isdigit() or int(text) >= _V1_NO_LIMIT:
-        return None
-    return int(text)
+
+
+def limit_of(text: str) -> int | None:
+    """The limit that such a file's text says, in bytes; None: that there is none.
+
+    Raises:
+        ValueError: it says something else.
+    """
+    limit = _V1_NO_LIMIT if text.strip() == "max" else int(text)
+    return limit if limit < _V1_NO_LIMIT else None

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Final, NamedTuple
 
-_STAT: Final = "/proc/stat"
+from vswapd.kept_file import KeptFile
+
+_STAT: Final = Path("/proc/stat")
 _IDLE: Final = 3
 _IOWAIT: Final = 4
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
@@ -26,14 +29,22 @@ class CpuTimes(NamedTuple):
     total: float
 
 
-def cpu_times() -> CpuTimes:
+def cpu_times(file: KeptFile | None = None) -> CpuTimes:
     """What the system says now. Waiting for a disk is idle, too. Source: proc(5), /proc/stat.
 
+    Args:
+        file: that file, if it is to be looked at more than once.
+
     Raises:
-        OSError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it says something else.
     """
-    with open(_STAT, encoding="ascii") as file:
-        ticks = [int(field) for field in file.readline().split()[1:]]
+    text = (file or KeptFile(_STAT)).read()
+    if not text:
+        raise FileNotFoundError(f"{_STAT} is not there")
+    ticks = [int(field) for field in text.partition(b"\n")[0].split()[1:]]
+    if len(ticks) <= _IOWAIT:
+        raise ValueError(f"{_STAT} has no times of idleness")
     idle = ticks[_IDLE] + ticks[_IOWAIT]
     # Guests' time, the fields after the eighth, is in user time already.
     return CpuTimes(idle / _TICKS, sum(ticks[:8]) / _TICKS)
@@ -43,11 +54,24 @@ class Busy:
     """Asked again and again: whether others have needed the processors since a second ago."""
 
     def __init__(
-        self, clock: Callable[[], float], times: Callable[[], CpuTimes] = cpu_times
+        self,
+        clock: Callable[[], float],
+        times: Callable[[], CpuTimes] | None = None,
+        *,
+        tell: Callable[[str, Exception], None] = lambda _what, _error: None,
     ) -> None:
+        """Begin to look.
+
+        Args:
+            clock: seconds.
+            times: what the system says; None: `cpu_times`, with its file kept open.
+            tell: told of a look that failed; the answer is the last one then.
+        """
+        file = KeptFile(_STAT)
         self._clock = clock
-        self._times = times
-        self._before = times()
+        self._times: Final = times or (lambda: cpu_times(file))
+        self._tell = tell
+        self._before = self._look()
         self._looked_at = clock()
         self._busy = False
 
@@ -55,9 +79,17 @@ class Busy:
         """Whether work that can wait should."""
         now = self._clock()
         if now - self._looked_at >= _LOOK_S:
-            times = self._times()
-            passed = times.total - self._before.total
-            idle = times.idle - self._before.idle
-            self._busy = passed > 0 and idle < SPARE * passed
-            self._before, self._looked_at = times, now
+            times, before = self._look(), self._before
+            self._looked_at = now
+            if times is not None and before is not None:
+                passed = times.total - before.total
+                self._busy = passed > 0 and times.idle - before.idle < SPARE * passed
+            self._before = times or before
         return self._busy
+
+    def _look(self) -> CpuTimes | None:
+        try:
+            return self._times()
+        except (OSError, ValueError) as error:
+            self._tell("the processors' times cannot be looked at", error)
+            return None

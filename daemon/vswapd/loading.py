@@ -231,7 +231,10 @@ class Loading:
                 for index, page in zip(mine, decoded, strict=True):
                     pages[int(which[index])] = page
         self._core.stats.swapin_pages += len(which) - len(lost)
-        self._shrinker.protect(int(places.length.sum()))
+        length = int(places.length.sum())
+        self._core.housekeeping.do(
+            "loads cannot be accounted", lambda: self._shrinker.protect(length)
+        )
         return lost
 
 

@@ -244,7 +244,7 @@ class ShardMemory:
     def wipe_answers(self, record: int) -> None:
         """Make one space's answers zeros, and give their memory back."""
         size = ANSWER_WORDS * 8
-        self.state.punch(self._offsets["answers"] + record * size, size)
+        self.state.wipe(self._offsets["answers"] + record * size, size)
 
     @property
     def clusters(self) -> U64:
@@ -265,4 +265,4 @@ class ShardMemory:
 
     def _wipe_device(self, index: int) -> None:
         offset = self._offsets["extents"] + index * _DEVICE_ROW_BYTES
-        self.state.punch(offset, _DEVICE_ROW_BYTES)
+        self.state.wipe(offset, _DEVICE_ROW_BYTES)

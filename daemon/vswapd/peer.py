@@ -15,6 +15,7 @@ _UCRED: Final = struct.Struct("3i")
 """struct ucred of unix(7): pid, uid, gid."""
 _ENDED: Final = "ZXx"
 """States of a process that is only waited for, if that."""
+_SELF: Final = "/proc/self/stat"
 _STARTED: Final = 19
 """Field 22 of /proc/PID/stat, counted from the state on."""
 
@@ -40,8 +41,11 @@ class Peer:
 
     @property
     def started(self) -> int:
-        """When its process started; see `started`."""
-        return started(self.pid)
+        """When its process started; 0: that cannot be told."""
+        try:
+            return started(self.pid)
+        except OSError:
+            return 0
 
     @property
     def name(self) -> str:
@@ -57,10 +61,15 @@ def started(pid: int) -> int:
     """When a process started, in clock ticks since the machine did; 0: it has ended, or is hidden.
 
     With it a process is told from another one that was given its number later. See proc(5).
+
+    Raises:
+        OSError: that cannot be told: there is no descriptor left to look with, or no /proc.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        if not Path(_SELF).exists():
+            raise
         return 0
     # The name stands in parentheses and may hold anything; the state is the first field behind it.
     fields = text.rpartition(")")[2].split()

@@ -43,6 +43,7 @@ from vswapd.session import Context, Limits, Session
 from vswapd.settings import Settings
 from vswapd.shrinker_thread import ShrinkerThread
 from vswapd.steering import OpenDevice, Opened, Steering, Surroundings
+from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
@@ -84,8 +85,11 @@ class Kept:
 
 
 def _lives(holder: Holder) -> bool:
-    """Whether it is known that a client's process has not ended."""
-    return holder.started > 0 and started(holder.pid) == holder.started
+    """Whether a client's process has not ended, as far as that can be told."""
+    try:
+        return holder.started > 0 and started(holder.pid) == holder.started
+    except OSError:
+        return True  # not to be told at the moment: nobody's pages are given up for that
 
 
 def _engine(
@@ -160,8 +164,10 @@ class Shard:
         self.driver: Final = Driver()
         self.shrinker: Final = ShrinkerThread(self.engine.shrinker, self.driver, clock)
         self.engine.on_pressure = self.shrinker.poke
-        self.engine.shrinker.recompression.busy = Busy(clock)
-        self.engine.watch_memory(FreeMemory())
+        self.engine.report_to(Trouble().of_housekeeping)
+        tell = self.engine.core.housekeeping.failed
+        self.engine.shrinker.recompression.busy = Busy(clock, tell=tell)
+        self.engine.watch_memory(FreeMemory(tell=tell))
         self.engine.shrinker.recompression.step_back = self.driver.step_back
         self.steering: Final = Steering(
             version=__version__,

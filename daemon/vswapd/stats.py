@@ -51,5 +51,7 @@ class Stats:
     """A page was loaded from a device."""
     lost_pages: int = 0
     """A load failed for a page whose bytes could not be had or were not the right ones."""
+    housekeeping_errors: int = 0
+    """Something besides a request went wrong (see `housekeeping`), and was told in the journal."""
     rejects: dict[str, int] = field(default_factory=_no_rejects)
     """By reason: a page of a rejected folio was not taken."""

@@ -167,14 +167,16 @@ class SwapTable:
         self.region: Final = SharedRegion("vswapd-table", size) if region is None else region
         assert self.region.size == size
         self.words: Final[U64] = self.region.words_array()
+        self.untrimmed = False
+        """Whether it may occupy pages that are not needed: the system did not take them back."""
 
     def give_back(self, clusters: I64) -> None:
         """Return the pages of clusters whose words are all FREE; shape (k,), any order."""
         for first, count in runs(clusters):
             assert not self.words[first << CLUSTER_SHIFT : (first + count) << CLUSTER_SHIFT].any()
-            self.region.punch(
-                first * CLUSTER_SLOTS * WORD_BYTES, count * CLUSTER_SLOTS * WORD_BYTES
-            )
+            size = CLUSTER_SLOTS * WORD_BYTES
+            if not self.region.give_back(first * size, count * size):
+                self.untrimmed = True
 
     def wipe(self, clusters: I64) -> None:
         """Make all words of clusters FREE, whatever they were, and return their pages."""

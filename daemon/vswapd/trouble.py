@@ -21,6 +21,8 @@ _VERBS: Final = {IoKind.READ: "reads", IoKind.WRITE: "writes", IoKind.DISCARD: "
 
 
 _PAGES: Final = "pages"
+_NOT_OURS: Final = (OSError, ValueError, MemoryError)
+"""What the system does, or says; anything else is a mistake of ours."""
 
 
 class Trouble:
@@ -43,6 +45,15 @@ class Trouble:
         """Tell that a client has asked for pages that are lost."""
         if count := self._told(_PAGES):
             _LOG.error("%s: %s (%d such requests so far)", client, error, count)
+
+    def of_housekeeping(self, what: str, error: Exception) -> None:
+        """Tell that something besides requests has failed; a mistake of ours with its traceback."""
+        if not (count := self._told(what)):
+            return
+        mistake = None if isinstance(error, _NOT_OURS) else error
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        _LOG.error("%s (%d so far), the last: %s%s", what, count, name, why, exc_info=mistake)
 
     def _told(self, kind: str) -> int:
         """One more of a kind: its number if it is to be told, else 0."""

@@ -40,6 +40,7 @@ from vswapd.errors import (
 from vswapd.fallback import Fallback
 from vswapd.folio import Folio, prepare
 from vswapd.groups import NOBODY, Holder, Space, refuse_closed
+from vswapd.housekeeping import Report
 from vswapd.ledger import Ledger
 from vswapd.loading import Loading
 from vswapd.memory import Shape, ShardMemory
@@ -470,6 +471,8 @@ class Engine:
         """Write the words of a folio whose payload is in place. Nothing can fail after this."""
         if numbers is None:
             numbers = self._allocate(space, folio)
+        # What is to be answered is made first.
+        stored = Stored(self.core.clusters.ids_of(numbers) if slots is None else slots)
         if folio.zero is None:
             assert places is not None
             words = make_words(tag, places)
@@ -487,7 +490,7 @@ class Engine:
         self.core.stats.store_pages += folio.pages
         self._fallback.close_idle()
         self._nudge()
-        return Stored(self.core.clusters.ids_of(numbers) if slots is None else slots)
+        return stored
 
     def _allocate(self, space: Space, folio: Folio) -> I64:
         """New slots for a folio, written down as about to be the answer; see `answers`."""
@@ -680,6 +683,10 @@ class Engine:
         self.core.memory.pool.lock()
         self.core.memory.state.lock()
 
+    def report_to(self, report: Report) -> None:
+        """Have what goes wrong besides requests told, instead of raised; see `housekeeping`."""
+        self.core.housekeeping.report = report
+
     def watch_memory(self, meter: Meter) -> None:
         """Let the pool give way where memory runs short; see `pressure`."""
         self.core.pressure.meter = meter
@@ -691,9 +698,13 @@ class Engine:
 
     def _poke(self) -> None:
         if self.on_pressure is not None:
-            self.on_pressure()
+            self.core.housekeeping.do("the shrinker cannot be woken", self.on_pressure)
 
     def _nudge(self) -> None:
+        if self.on_pressure is not None:
+            self.core.housekeeping.do("the shrinker cannot be woken", self._wake)
+
+    def _wake(self) -> None:
         if self.on_pressure is not None and self.shrinker.wanted():
             self.on_pressure()
 

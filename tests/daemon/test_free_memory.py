@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,81 @@ def test_this_machine_can_be_read() -> None:
     """The real files give a plausible number."""
     free = FreeMemory()()
     assert 0 < free.nbytes < 1 << 50
+
+
+def meter_of(root: Path) -> tuple[FreeMemory, list[str]]:
+    """A meter, and what it has told."""
+    told: list[str] = []
+    return FreeMemory(root, lambda what, error: told.append(f"{what}: {error}")), told
+
+
+@pytest.mark.parametrize("text", ["", "many\n", "7 8\n", "-\n"])
+@pytest.mark.parametrize("name", ["memory.max", "memory.current"])
+def test_numbers_that_are_none(tmp_path: Path, name: str, text: str) -> None:
+    """A file of the group that makes no sense is told of, and the look is not complete."""
+    root = machine(tmp_path, "0::/a\n", v2("a/", str(2 * GIB), GIB))
+    meter, told = meter_of(root)
+    assert meter() == Free(GIB + 3 * MIB, "control group /a")
+    (root / "sys/fs/cgroup/a" / name).write_text(text)
+    assert meter() == Free(4 * GIB, "the machine", complete=False)
+    assert len(told) == 1
+    assert "the memory of control group /a cannot be looked at" in told[0]
+    (root / "sys/fs/cgroup/a" / name).write_text(f"{3 * GIB}\n")
+    assert meter().complete
+
+
+@pytest.mark.parametrize("name", ["memory.current", "memory.stat"])
+def test_a_file_that_vanishes(tmp_path: Path, name: str) -> None:
+    """A limit of which nobody knows how much is used is told of, and the look is not complete."""
+    root = machine(tmp_path, "0::/a\n", v2("a/", str(2 * GIB), GIB))
+    meter, told = meter_of(root)
+    assert meter().complete
+    (root / "sys/fs/cgroup/a" / name).unlink()
+    assert meter() == Free(4 * GIB, "the machine", complete=False)
+    assert name in told[0]
+
+
+def test_a_machine_that_cannot_be_looked_at(tmp_path: Path) -> None:
+    """Without /proc/meminfo the groups are still looked at, and the look is not complete."""
+    root = machine(tmp_path, "0::/a\n", v2("a/", str(2 * GIB), GIB))
+    meter, told = meter_of(root)
+    assert meter().complete
+    (root / "proc/meminfo").unlink()
+    assert meter() == Free(GIB + 3 * MIB, "control group /a", complete=False)
+    assert "the memory of the machine cannot be looked at" in told[0]
+    (root / "proc/meminfo").write_text("MemTotal: 5 kB\n")
+    assert not meter().complete
+    assert "has no MemAvailable" in told[1]
+
+
+def test_what_could_never_be_looked_at(tmp_path: Path) -> None:
+    """Where a file was never readable, nothing is held to it: the look is as complete as any."""
+    root = machine(tmp_path, "0::/a\n", v2("a/", str(2 * GIB), GIB))
+    (root / "sys/fs/cgroup/a/memory.stat").unlink()
+    meter, told = meter_of(root)
+    assert meter() == Free(4 * GIB, "the machine")
+    assert len(told) == 1
+
+
+def test_a_process_that_is_moved(tmp_path: Path) -> None:
+    """Whoever is put into another group is held to its limit from the next look on."""
+    files = v2("a/", str(2 * GIB), GIB) | v2("b/", str(GIB), GIB // 2)
+    root = machine(tmp_path, "0::/a\n", files)
+    meter = FreeMemory(root)
+    assert meter().where == "control group /a"
+    (root / "proc/self/cgroup").write_text("0::/b\n")
+    assert meter() == Free(GIB // 2 + 3 * MIB, "control group /b")
+
+
+def test_looks_take_no_descriptor(tmp_path: Path) -> None:
+    """Where nothing can be opened any more memory is looked at as before."""
+    meter, told = meter_of(machine(tmp_path, "0::/a\n", v2("a/", str(2 * GIB), GIB)))
+    before = meter()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        again = meter()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert again == before
+    assert not told

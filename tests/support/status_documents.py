@@ -82,6 +82,7 @@ EMPTY: dict[str, Any] = {
         "compact_bytes": 0,
         "device_compact_bytes": 0,
         "lost_pages": 0,
+        "housekeeping_errors": 0,
     },
     "rejects": {reason.word: 0 for reason in Reason},
     "groups": [],

@@ -272,6 +272,9 @@ def _shrinker(status: Document) -> RenderableType:
         lines.append(Text(text, QUIET if left else WARN))
     if shrinker["errors"]:
         lines.append(Text(f"{_count(shrinker['errors'], 'step')} failed: see the journal", BAD))
+    if errors := status["traffic"]["housekeeping_errors"]:
+        text = f"{_count(errors, 'error')} besides requests: see the journal"
+        lines.append(Text(text, WARN))
     return Group(*lines)
 
 

@@ -218,6 +218,11 @@ FAMILIES: Final = (
         "Steps of the shrinker that failed; the journal has the causes.",
         _one("shrinker", "errors"),
     ),
+    _traffic(
+        "vswap_housekeeping_errors_total",
+        "What went wrong besides requests, such as a look at memory; the journal has the causes.",
+        "housekeeping_errors",
+    ),
     Family(
         "vswap_write_budget_bytes",
         "Bytes that may be written back per day; 0: no bound.",

@@ -198,3 +198,45 @@ def test_a_change_of_settings_holds_under_pressure_too() -> None:
     assert core.pressure.limit == 3 * MIB
     settings(rig, pool_max=8 * MIB, pool_reserve=0)
     assert core.pressure.limit == 8 * MIB
+
+
+def test_a_look_that_sees_a_part_never_raises_the_limit() -> None:
+    """What was free when it was last seen may be pool by now: the limit stays, or falls."""
+    pressure = Pressure(Clock())
+    found = Free(60, "x")
+    pressure.meter = lambda: found
+    pressure.look(100, 10, lambda: 30)
+    assert (pressure.limit, pressure.why) == (80, "memory is short on x")
+    found = Free(1000, "y", complete=False)
+    pressure.look(100, 10, lambda: 80)
+    assert pressure.limit == 80
+    assert "cannot be looked at" in pressure.why
+    found = Free(5, "y", complete=False)
+    pressure.look(100, 10, lambda: 80)
+    assert (pressure.limit, pressure.why) == (75, "memory is short on y")
+    pressure.look(70, 10, lambda: 80)
+    assert pressure.limit == 70
+    found = Free(1000, "y")
+    pressure.look(100, 10, lambda: 75)
+    assert (pressure.limit, pressure.why) == (100, "")
+
+
+def test_a_meter_that_raises_leaves_the_limit_and_is_asked_again_later() -> None:
+    """The limit is what it was, a lower maximum excepted, and the next look is not at once."""
+    clock = Clock()
+    pressure = Pressure(clock)
+    pressure.meter = lambda: Free(60, "x")
+    pressure.look(100, 10, lambda: 30)
+
+    def fail() -> Free:
+        raise OSError("no more descriptors")
+
+    pressure.meter = fail
+    clock.advance(10)
+    for most, limit in ((100, 80), (50, 50)):
+        with pytest.raises(OSError, match="descriptors"):
+            pressure.look(most, 10, lambda: 30)
+        assert pressure.limit == limit
+        assert not pressure.due()
+        clock.advance(1)
+        assert pressure.due()

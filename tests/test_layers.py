@@ -80,6 +80,7 @@ BESIDE = (
     "notify",
     "peer",
     "sizes",
+    "stacks",
     "undumpable",
     "whole_file",
 )

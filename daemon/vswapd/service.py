@@ -21,7 +21,7 @@ from typing import Any, Final
 
 import msgspec
 
-from vswapd import held_signals, status
+from vswapd import held_signals, stacks, status
 from vswapd.acceptor import Acceptor
 from vswapd.config import Config, ConfigError
 from vswapd.config_schema import Shards
@@ -347,6 +347,8 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
         OSError, MemoryError, RuntimeError: the system refuses what it cannot do without.
     """
     be_undumpable()
+    if (why := stacks.make_room()) is not None:
+        raise ServiceError(why)
     host = Host.here()
     try:
         manager = ServiceManager()

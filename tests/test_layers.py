@@ -77,6 +77,7 @@ BESIDE = (
     "free_memory",
     "metrics",
     "journal",
+    "own_memory",
     "notify",
     "peer",
     "sizes",

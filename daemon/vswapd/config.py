@@ -27,6 +27,7 @@ import msgspec
 from msgspec import UNSET
 
 from vswapd import config_checks
+from vswapd.config_budget import Budget, Fitting
 from vswapd.config_schema import (
     DEFAULT_GROUP,
     SECTIONS,
@@ -72,8 +73,6 @@ _RESERVE_SHARE: Final = 0.05
 """Of the memory that the daemon may use, where pool.reserve is `auto`."""
 _MOST_BYTES: Final = 1 << 20
 """Of a file: hundreds of times what every key with its comment takes."""
-_BUFFERS_PART: Final = 8
-"""Requests and replies under way take at most one part of so many of the memory."""
 
 
 class ConfigError(Exception):
@@ -220,14 +219,25 @@ class Config:
         )
 
     def _reserve(self, host: Host) -> int:
-        """pool.reserve in bytes; by itself enough for all requests that may be under way."""
+        """pool.reserve in bytes; by itself enough for all that the processes may come to take."""
         if not self.pool.reserve.automatic:
             return self.pool.reserve.of(host.ram_bytes)
-        return max(int(_RESERVE_SHARE * host.ram_bytes), self.buffer_memory(host))
+        return max(int(_RESERVE_SHARE * host.ram_bytes), self.budget(host).growth)
 
-    def buffer_memory(self, host: Host) -> int:
-        """server.buffer_memory, or less on a host where that would be a large part of all."""
-        return min(int(self.server.buffer_memory), host.ram_bytes // _BUFFERS_PART)
+    def fitting(self, host: Host, own_bytes: int) -> Fitting:
+        """How far pool.max fits, where the processes take so many bytes by themselves."""
+        settings = self.settings(host)
+        return Fitting(
+            pool_max=settings.pool_max,
+            ram_bytes=host.ram_bytes,
+            own_bytes=own_bytes,
+            reserve=settings.pool_reserve,
+            automatic=self.pool.reserve.automatic,
+        )
+
+    def budget(self, host: Host) -> Budget:
+        """What the processes may take beside the pool, on a host with so much memory."""
+        return Budget.of(self.server, host.ram_bytes, self.shards(host))
 
     def shards(self, host: Host) -> int:
         """How many shards there are to be: server.shards, or one per core that has enough to do."""

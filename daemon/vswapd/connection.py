@@ -9,10 +9,10 @@ Bodies and replies larger than a client's frames come and go in turns of their o
 Invariants:
 - One request is carried out at a time, and none while an earlier one's reply is far from sent:
   a client that does not read its replies is not read from.
-- Memory is bounded: the request being received or carried out, its reply, and HIGH_WATER bytes of
-  earlier replies. All but the latter is taken from the budget before a body is received, and given
-  back once no more than the latter is left: who waits for memory holds none. A connection that has
-  nothing under way holds 24 bytes.
+- Memory is bounded: the request being received or carried out, its reply, and `most_unsent` bytes
+  of earlier replies. All but the latter is taken from the budget before a body is received, and
+  given back once no more than the latter is left: who waits for memory holds none. A connection
+  that has nothing under way holds 24 bytes.
 - What is wrong by its header is skipped, not received.
 - Where spaces outlive the process, a request that changes anything is not begun before all earlier
   replies are on their way: so at most one is in doubt when it dies.
@@ -42,9 +42,6 @@ from vswapd_backends.base import SHORT_PAGES
 
 _LOG: Final = logging.getLogger(__name__)
 
-HIGH_WATER: Final = 512 * 1024
-"""Unsent bytes beyond which the next request is not carried out: two replies of 64 pages, so that
-the socket has something to take while the next one is made."""
 _TURN_BYTES: Final = (SHORT_PAGES + 1) * PAGE_BYTES
 """Most bytes of one frame that are received in one turn: 0.1 ms. Who has more to receive, or to
 send, stands in line for its turns with all other long work."""
@@ -82,6 +79,8 @@ class Hub(Protocol):
     driver: Driver
     buffers: Buffers
     max_frame: int
+    most_unsent: int
+    """Unsent bytes of replies beyond which a connection's next request is not carried out."""
     request_timeout: float
     scratch: memoryview
     """Where bytes go that nobody wants."""
@@ -139,7 +138,7 @@ class Connection:
         self._out: deque[_Outgoing] = deque()
         self._unsent = 0
         self._owed = 0
-        """Of the budget, for the last reply: until HIGH_WATER bytes are left to be sent."""
+        """Of the budget, for the last reply: until `most_unsent` bytes are left to be sent."""
         self._writing = False
         # For `check`
         self._moved = 0
@@ -338,7 +337,7 @@ class Connection:
 
     def _next(self) -> None:
         """Read on, unless the client has too much to read itself."""
-        ready = self._state is _State.HEADER and self._unsent <= HIGH_WATER
+        ready = self._state is _State.HEADER and self._unsent <= self._hub.most_unsent
         self._read(ready or self._state is _State.SKIP)
         if ready and self._got == HEADER_BYTES and self._head[0] == HEADER_BYTES:
             # It may be a whole request, and no more bytes may come to tell of it.
@@ -404,7 +403,7 @@ class Connection:
             self._read(True)
             self._find_memory(self._frame)
             self._hub.loop.call_soon(self._turn)
-        elif before > HIGH_WATER >= self._unsent:
+        elif before > self._hub.most_unsent >= self._unsent:
             self._next()
 
     # Ends
@@ -504,7 +503,7 @@ class Connection:
 
     def _settle(self) -> None:
         """Give back what replies have taken, once little of them is left."""
-        if self._owed and self._unsent <= HIGH_WATER:
+        if self._owed and self._unsent <= self._hub.most_unsent:
             owed, self._owed = self._owed, 0
             self._give(owed)
 

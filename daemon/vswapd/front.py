@@ -30,6 +30,7 @@ from vswapd import __version__, held_signals, journal, status
 from vswapd.acceptor import Acceptor
 from vswapd.beside import beside
 from vswapd.config import Config, ConfigError
+from vswapd.config_budget import Fitting
 from vswapd.errors import EngineError, OutOfServiceError
 from vswapd.host import Host
 from vswapd.listener import Listener, ListenError
@@ -231,9 +232,31 @@ class Front:
 
     # What steering asks
 
-    def facts(self, config: Config, *, clients: int, shrinker_errors: int) -> status.Facts:
+    def fit(self, config: Config, host: Host, own_bytes: int, *, revived: bool) -> None:
+        """Say how far pool.max fits beside the processes.
+
+        Args:
+            config: what holds.
+            host: the machine.
+            own_bytes: what all processes take by themselves, the pool not counted.
+            revived: whether pages are kept already.
+
+        Raises:
+            ServiceError: it does not fit at all, and no pages are kept.
+        """
+        fitting = config.fitting(host, own_bytes)
+        if fitting.refusal and not revived:
+            raise ServiceError(fitting.refusal)
+        if fitting.lowered:
+            _LOG.warning("%s", fitting.lowered)
+
+    def facts(
+        self, config: Config, *, clients: int, shrinker_errors: int, fitting: Fitting
+    ) -> status.Facts:
         """What the engine does not know, for the status document."""
         return status.Facts(
+            fits_bytes=fitting.fits_bytes,
+            lowered=fitting.lowered,
             version=__version__,
             state="stopping" if self._stopping.is_set() else "running",
             pid=os.getpid(),

@@ -147,3 +147,5 @@ class ShardState:
     discards: Mapping[str, bool]
     now: float
     """The engine's clock."""
+    own_bytes: int
+    """What the process takes by itself; see `own_memory`."""

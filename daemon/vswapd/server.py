@@ -29,9 +29,6 @@ from vswapd.session import Session, failure
 
 _LOG: Final = logging.getLogger(__name__)
 
-_SEND_BUFFER: Final = 512 * 1024
-"""What the kernel may hold of unread replies, per connection: one of 64 pages fits (the kernel
-counts its own overhead too), and the loop is spared a second turn for its rest."""
 _QUIET_S: Final = 60.0
 """Between two lines of the journal about clients that were refused."""
 _CHECKS: Final = 4
@@ -50,12 +47,27 @@ class Server:
         max_user_connections: int,
         max_frame: int,
         buffer_memory: int,
+        most_unsent: int,
         request_timeout: float,
     ) -> None:
+        """Serve nobody yet.
+
+        Args:
+            driver: runs what is asked for.
+            new_session: makes a peer's session.
+            max_connections: open ones of clients.
+            max_user_connections: of them those of one user.
+            max_frame: bytes of a request.
+            buffer_memory: bytes of requests and replies under way.
+            most_unsent: bytes of unsent replies per connection; the kernel may hold as much. One of
+                64 pages should fit: the loop is spared a second turn for its rest.
+            request_timeout: seconds.
+        """
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self.driver = driver
         self.buffers = Buffers(buffer_memory, max_connections)
         self.max_frame = max_frame
+        self.most_unsent = most_unsent
         self.request_timeout = request_timeout
         self.scratch = memoryview(bytearray(64 * 1024))
         self.stopping = False
@@ -97,7 +109,7 @@ class Server:
             gone()
             return
         self._places.take(peer.uid)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.most_unsent)
         connection = Connection(self, sock, self._new_session(peer))
         self._connections[connection] = peer.uid, gone
         self._empty.clear()

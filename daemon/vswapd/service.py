@@ -40,6 +40,7 @@ from vswapd.front import (
 from vswapd.host import Host
 from vswapd.keeping import GivenUpError, Keeping, KeepingError, Life, RefusedError, claim
 from vswapd.notify import ServiceManager
+from vswapd.own_memory import own_bytes
 from vswapd.recovery import RecoveryError
 from vswapd.shard import Kept, Shard
 from vswapd.shard_process import Birth
@@ -74,6 +75,8 @@ class OneShard:
         life: Life | None,
     ) -> None:
         self._front = front
+        self._host = host
+        self._own_bytes = 0
         self._revived = life is not None and life.revived
         self._boot_id = secrets.token_bytes(16)
         self._shard = Shard(
@@ -95,6 +98,8 @@ class OneShard:
         if config.pool.lock_memory:
             self._lock_memory()
         await shard.start(made)
+        self._own_bytes = own_bytes()
+        self._front.fit(config, self._host, self._own_bytes, revived=self._revived)
         for entry in config.devices:
             if entry.path in shard.steering.devices:
                 continue  # an earlier process has put it into use
@@ -148,6 +153,7 @@ class OneShard:
             config,
             clients=self._shard.server.clients,
             shrinker_errors=self._shard.shrinker.errors,
+            fitting=config.fitting(self._host, self._own_bytes),
         )
 
     def configure(self, config: Config) -> None:

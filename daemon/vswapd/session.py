@@ -57,7 +57,7 @@ from vswapd.peer import Peer
 from vswapd.seats import Seats
 from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
-from vswapd.window import Window
+from vswapd.window import Window, Windows
 from vswapd_backends.base import PAUSE, SHORT_PAGES, U64, Compute, turns_of
 
 _LOG: Final = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ class Context:
     """Whether they are also after the whole daemon has ended."""
     seats: Seats = field(default_factory=Seats)
     trouble: Trouble = field(default_factory=Trouble)
+    windows: Windows = field(default_factory=lambda: Windows(0))
 
 
 _CHANGES: Final = frozenset({int(Op.STORE), int(Op.FREE)})
@@ -213,7 +214,9 @@ class Session:
 
     def close(self) -> Task[None]:
         """Free everything that the connection's space holds, unless it has a name."""
-        self.window = None
+        if self.window is not None:
+            self._context.windows.closed(self.window)
+            self.window = None
         self._leave()
         space, self.space = self.space, None
         if space is None:
@@ -240,7 +243,7 @@ class Session:
             if refused is not None:
                 return failure(header, *refused)
             critical = self._context.engine.core.pressure.critical
-            self.window = _window(min(said.window, 0 if critical else limits.max_window))
+            self.window = self._new_window(min(said.window, 0 if critical else limits.max_window))
         self._greeted = True
         answer = {
             "version": VERSION,
@@ -262,6 +265,14 @@ class Session:
         if self.window is not None:
             reply.descriptor = self.window.fd
         return reply
+
+    def _new_window(self, size: int) -> Window | None:
+        """A window; None: none is wanted, or to be had."""
+        try:
+            return self._context.windows.open(size)
+        except OSError as error:
+            _LOG.warning("a client gets no window: %s", error.strerror)
+            return None
 
     def _refuse_elsewhere(self, said: Hello) -> None:
         """Refuse what is not served here.
@@ -533,17 +544,6 @@ def _answer(header: Header, document: dict[str, Any]) -> Task[Reply]:
     work = Compute(lambda: success(header, json.dumps(document).encode()))
     yield work
     return work.result()
-
-
-def _window(size: int) -> Window | None:
-    """A window; None: none is wanted, or to be had."""
-    if not size:
-        return None
-    try:
-        return Window(size)
-    except OSError as error:
-        _LOG.warning("a client gets no window: %s", error.strerror)
-        return None
 
 
 def _outcome(last: Answer) -> dict[str, Any]:

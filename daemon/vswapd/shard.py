@@ -45,6 +45,7 @@ from vswapd.shrinker_thread import ShrinkerThread
 from vswapd.steering import OpenDevice, Opened, Steering, Surroundings
 from vswapd.trouble import Trouble
 from vswapd.vswap import Engine
+from vswapd.window import Windows
 from vswapd_blockdev.device import BlockDevice
 from vswapd_blockdev.extents import ExtentMap
 
@@ -189,12 +190,12 @@ class Shard:
         host: Host,
         operators: session.Steering,
     ) -> Server:
-        keys = config.server
+        keys, budget = config.server, config.budget(host)
         limits = Limits(
-            max_batch=keys.max_batch,
+            max_batch=budget.max_batch,
             # Text has a limit of its own, which small batches must not cut.
             max_frame=HEADER_BYTES
-            + max(keys.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
+            + max(budget.max_batch * (PAGE_BYTES + SLOT_BYTES), MAX_TEXT_BYTES),
             max_pipeline=keys.max_pipeline,
             max_named_spaces=keys.max_named_spaces,
             max_window=int(keys.window),
@@ -207,6 +208,7 @@ class Shard:
             resumable=self._resumable,
             kept=self._beyond_daemon,
             seats=self.seats,
+            windows=Windows(budget.windows // self.ledger.shards),
         )
 
         def new_session(peer: Peer) -> Session:
@@ -218,7 +220,8 @@ class Shard:
             max_connections=keys.max_connections,
             max_user_connections=keys.max_user_connections,
             max_frame=limits.max_frame,
-            buffer_memory=config.buffer_memory(host) // self.ledger.shards,
+            buffer_memory=budget.buffers // self.ledger.shards,
+            most_unsent=budget.replies,
             request_timeout=float(keys.request_timeout),
         )
 

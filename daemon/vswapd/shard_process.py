@@ -53,6 +53,7 @@ from vswapd.messages import (
     Stop,
     Tell,
 )
+from vswapd.own_memory import own_bytes
 from vswapd.recovery import RecoveryError
 from vswapd.shard import Kept, Shard, clock
 from vswapd.steering import Opened
@@ -184,6 +185,7 @@ class ShardProcess:
         """Configurations and devices change one after the other, in the order of the messages."""
         self._newest: Adopt | None = None
         """The last configuration that was to be adopted."""
+        self._own_bytes = 0
         self._channel = Channel(sock, self._handle, self._stopping.set)
         self._shard: Shard
 
@@ -244,6 +246,7 @@ class ShardProcess:
                     self._shard.driver, self._shard.shrinker, lambda: self._channel.tell(Beat())
                 )
                 beside(made, watchdog.run(self._birth.watchdog_s))
+            self._own_bytes = own_bytes()
             self._ready.set()
             self._channel.tell(Ready())
             await self._stopping.wait()
@@ -319,6 +322,7 @@ class ShardProcess:
                 path: opened.discards for path, opened in self._shard.steering.devices.items()
             },
             now=clock(),
+            own_bytes=self._own_bytes,
         )
 
     def _attach(self, message: Attach, device_fd: int, owners_fd: int) -> None:

@@ -30,6 +30,10 @@ class Facts:
     uptime_s: float
     clients: int
     shrinker_errors: int
+    fits_bytes: int
+    """What the pool can have at most beside the processes."""
+    lowered: str
+    """Why that is less than its maximum; empty: it is not."""
     settings: Mapping[str, str]
 
 
@@ -60,6 +64,8 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
             "max_bytes": settings.pool_max,
             "limit_bytes": pool.limit_bytes,
             "pressure": pool.pressure,
+            "fits_bytes": facts.fits_bytes,
+            "lowered": facts.lowered,
             "reserve_bytes": settings.pool_reserve,
             "accept_bytes": int(pool.limit_bytes * settings.accept_threshold),
             "live_bytes": pool.live_bytes,

@@ -65,6 +65,7 @@ from vswapd.messages import (
     Stop,
     Tell,
 )
+from vswapd.own_memory import own_bytes
 from vswapd.reception import Reception
 from vswapd.shard_process import Birth, InUse
 from vswapd.sizes import human_size
@@ -177,6 +178,8 @@ class Supervisor:
         self._reception: Final = Reception(children, self._config.server, self._later)
         self._arbiter: Final = Arbiter(children, self._ask, self._later)
         self._tally = Tally(0, 0, 0)
+        self._own_bytes = 0
+        """What all processes take by themselves."""
         self._stopping = False
         self._serving = False
         """Whether all shards have started once."""
@@ -191,9 +194,12 @@ class Supervisor:
             self._begin(child, os.pidfd_open(child.pid))
         made.push_async_callback(self._stop)
         try:
-            await self._ask_all(Tell())
+            states: list[ShardState] = await self._ask_all(Tell())
         except OutOfServiceError:
             raise ServiceError(self._front.failure or "a shard cannot start") from None
+        birth = self._birth
+        self._own_bytes = own_bytes() + sum(state.own_bytes for state in states)
+        self._front.fit(birth.config, birth.host, self._own_bytes, revived=birth.revived)
         self._serving = True
         for used in self._devices.values():
             # A shard may have died before it had used it.
@@ -476,6 +482,7 @@ class Supervisor:
             self._config,
             clients=sum(state.clients for state in states),
             shrinker_errors=sum(state.shrinker_errors for state in states),
+            fitting=self._config.fitting(self._birth.host, self._own_bytes),
         )
         snapshot = self._merged(states)
         document = status.document(snapshot, facts, states[0].discards)

@@ -15,6 +15,31 @@ from vswapd.errors import ArgumentError
 from vswapd_backends.shared import SharedRegion
 
 
+class Windows:
+    """How much the windows of all connections may take together."""
+
+    def __init__(self, size: int) -> None:
+        """`size` bytes."""
+        self._left = size
+
+    def open(self, size: int) -> Window | None:
+        """A window of so many bytes, or of as many as there may be still; None: of none.
+
+        Raises:
+            OSError: see Window.
+        """
+        size = min(size, self._left // PAGE_BYTES * PAGE_BYTES)
+        if not size:
+            return None
+        window = Window(size)
+        self._left -= size
+        return window
+
+    def closed(self, window: Window) -> None:
+        """A window's connection has gone."""
+        self._left += window.size
+
+
 class Window:
     """`size` bytes, whole pages."""
 

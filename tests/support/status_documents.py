@@ -42,6 +42,8 @@ EMPTY: dict[str, Any] = {
         "max_bytes": 256 * MIB,
         "limit_bytes": 256 * MIB,
         "pressure": "",
+        "fits_bytes": 256 * MIB,
+        "lowered": "",
         "reserve_bytes": 128 * MIB,
         "accept_bytes": 230 * MIB,
         "live_bytes": 0,

@@ -158,6 +158,8 @@ def _pool(status: Document) -> RenderableType:
     elif pool["full"]:
         until = human_size(pool["accept_bytes"])
         lines.append(Text(f"FULL: refuses pages until it is down to {until}", BAD))
+    if pool["lowered"]:
+        lines.append(Text(pool["lowered"], WARN))
     if pool["pressure"]:
         least = human_size(pool["limit_bytes"])
         lines.append(Text(f"{pool['pressure']}: it may take {least} for now", WARN))

@@ -90,7 +90,15 @@ def test_a_document_can_be_made_of_it() -> None:
     """What merging gives is what status documents are made of."""
     parts = snapshots()
     facts = status.Facts(
-        version="1", state="running", pid=1, uptime_s=1.0, clients=2, shrinker_errors=0, settings={}
+        version="1",
+        state="running",
+        pid=1,
+        uptime_s=1.0,
+        clients=2,
+        shrinker_errors=0,
+        fits_bytes=0,
+        lowered="",
+        settings={},
     )
     document = status.document(merged(parts, parts[0].settings), facts, {"shared": True})
     json.dumps(document)

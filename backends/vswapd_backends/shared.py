@@ -124,16 +124,25 @@ class SharedRegion:
     def lock(self) -> None:
         """Keep pages of the region in RAM, each from its first touch on (MLOCK_ONFAULT).
 
-        Locking it whole would fill it: the region is as large as the limit could ever be.
+        Locking it whole would fill it: the region is as large as the limit could ever be. All of it
+        counts at once against RLIMIT_MEMLOCK, however little is touched: what could be locked here
+        can be touched later, and nothing fails then.
 
         Raises:
             OSError: RLIMIT_MEMLOCK is below the region's size, or the kernel refused.
         """
-        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        result = _LIBC.mlock2(ctypes.c_void_p(address), ctypes.c_size_t(self.size), _MLOCK_ONFAULT)
-        if result != 0:
+        address, size = self._span()
+        if _LIBC.mlock2(address, size, _MLOCK_ONFAULT) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"locking {self.size} bytes in memory: {os.strerror(code)}")
+
+    def unlock(self) -> None:
+        """Let the system move its pages out again; they need not be locked."""
+        _LIBC.munlock(*self._span())
+
+    def _span(self) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        return ctypes.c_void_p(address), ctypes.c_size_t(self.size)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:

@@ -304,6 +304,27 @@ class Tiers(str):
         return self.partition(",")[2]
 
 
+class Locking(str):
+    """Whether memory is locked into RAM: `no`, `try`, or `must`."""
+
+    __slots__ = ()
+    former: Final = {"false": "no", "true": "must"}
+    """How older configurations say it."""
+
+    @classmethod
+    def parse(cls, raw: object) -> Locking:
+        """One of the three words, or a boolean.
+
+        Raises:
+            UnitError: it is none.
+        """
+        text = str(raw).lower() if isinstance(raw, bool) else raw
+        text = cls.former.get(text, text) if isinstance(text, str) else text
+        if text not in {"no", "try", "must"}:
+            raise UnitError(f"{raw!r}: write no, try or must")
+        return cls(text)
+
+
 class Keys(Struct, frozen=True, forbid_unknown_fields=True):
     """One table of the configuration."""
 
@@ -342,7 +363,7 @@ class Pool(Keys, frozen=True, kw_only=True):
     dense_age: Seconds = Seconds(60)
     enabled: bool = True
     verify: Literal["never", "always"] = "never"
-    lock_memory: bool = False
+    lock_memory: Locking = Locking("no")
 
 
 class Store(Keys, frozen=True, kw_only=True):

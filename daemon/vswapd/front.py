@@ -147,6 +147,8 @@ class Front:
         """The exporter, once metrics are switched on for the first time."""
         self._metrics_lock = threading.Lock()
         self._metrics_ended = False
+        self.lock = Lock(False)
+        """Set by the body, once it has tried."""
         self.body: Body
 
     # Running
@@ -255,6 +257,8 @@ class Front:
     ) -> status.Facts:
         """What the engine does not know, for the status document."""
         return status.Facts(
+            locked=self.lock.locked,
+            lock_trouble=self.lock.trouble,
             fits_bytes=fitting.fits_bytes,
             lowered=fitting.lowered,
             version=__version__,
@@ -339,13 +343,46 @@ class Front:
             _LOG.warning("reload: %s was not there any more, and was made again", own.path)
 
 
-def cannot_lock(error: OSError) -> str:
+class Lock(NamedTuple):
+    """Whether the memory of all shards is locked into RAM."""
+
+    locked: bool
+    trouble: str = ""
+    """Why not, where it was wanted."""
+
+
+def lock_memory(config: Config, lock: Callable[[], None], *, revived: bool) -> Lock:
+    """Lock memory as far as pool.lock_memory wants it, or say that it cannot be.
+
+    Args:
+        config: what holds.
+        lock: raises OSError if it cannot.
+        revived: whether pages are kept already: they are worth more than a lock.
+
+    Raises:
+        ServiceError: it cannot be locked, and has to be.
+    """
+    wanted = config.pool.lock_memory
+    if wanted == "no":
+        return Lock(False)
+    try:
+        lock()
+    except OSError as error:
+        trouble = _cannot_lock(error)
+        if wanted == "must" and not revived:
+            raise ServiceError(f"{trouble}, or set it to try") from None
+        _LOG.warning("%s; the daemon goes on without", trouble)
+        return Lock(False, trouble)
+    return Lock(True)
+
+
+def _cannot_lock(error: OSError) -> str:
     """What to do when memory cannot be locked."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     most = "unlimited" if soft == resource.RLIM_INFINITY else human_size(soft)
     return (
         f"pool.lock_memory: {error.strerror or error}; RLIMIT_MEMLOCK is {most}: raise it "
-        "(LimitMEMLOCK=infinity in a unit), or set pool.lock_memory to false"
+        "(LimitMEMLOCK=infinity in a unit, CAP_IPC_LOCK in a container)"
     )
 
 

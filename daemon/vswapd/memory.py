@@ -193,6 +193,24 @@ class ShardMemory:
         """The descriptors, by kind; they stay this object's."""
         return {"table": self.table.fd, "pool": self.pool.fd, "state": self.state.fd}
 
+    def lock(self) -> None:
+        """Keep it in RAM, each page from its first touch on; for this process.
+
+        Raises:
+            OSError: RLIMIT_MEMLOCK is too low, or the kernel refused; nothing is locked.
+        """
+        try:
+            for region in (self.table, self.pool, self.state):
+                region.lock()
+        except OSError:
+            self.unlock()
+            raise
+
+    def unlock(self) -> None:
+        """Lock nothing of it any more."""
+        for region in (self.table, self.pool, self.state):
+            region.unlock()
+
     # The state's parts
 
     def _part(self, area: str, size: int) -> memoryview:

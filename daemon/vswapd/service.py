@@ -33,7 +33,7 @@ from vswapd.front import (
     ServiceError,
     Sockets,
     Tally,
-    cannot_lock,
+    lock_memory,
     open_sockets,
     raise_descriptors,
 )
@@ -95,8 +95,7 @@ class OneShard:
         """See front.Body."""
         shard = self._shard
         config = shard.steering.config
-        if config.pool.lock_memory:
-            self._lock_memory()
+        self._front.lock = lock_memory(config, shard.engine.lock_memory, revived=self._revived)
         await shard.start(made)
         self._own_bytes = own_bytes()
         self._front.fit(config, self._host, self._own_bytes, revived=self._revived)
@@ -113,12 +112,6 @@ class OneShard:
                 continue
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
-
-    def _lock_memory(self) -> None:
-        try:
-            self._shard.engine.lock_memory()
-        except OSError as error:
-            raise ServiceError(cannot_lock(error)) from None
 
     def listen(
         self, listeners: list[socket.socket], made: contextlib.AsyncExitStack
@@ -311,6 +304,9 @@ def _several(
     """Fork the shards of a daemon; what is returned makes their supervisor."""
     assert life.ledger is not None
     before = _before(life, keeping) if life.revived else Before()
+    # What one process may lock any other of them may, and each locks for itself.
+    lock = lock_memory(config, life.memories[0].lock, revived=life.revived)
+    life.memories[0].unlock()
     births = [
         Birth(
             index=index,
@@ -324,6 +320,7 @@ def _several(
             memory=memory,
             revived=life.revived,
             kept=manager.keeps,
+            locks=lock.locked,
             devices=tuple(used.in_use() for used in before.devices.values()),
         )
         for index, memory in enumerate(life.memories)
@@ -333,6 +330,7 @@ def _several(
     boot_id = secrets.token_bytes(16)
 
     def make(front: Front) -> Supervisor:
+        front.lock = lock
         return Supervisor(
             front,
             births,

@@ -29,7 +29,7 @@ from vswapd.config_schema import Device
 from vswapd.control import KeptDevice
 from vswapd.driver import Elsewhere, Task
 from vswapd.errors import OutOfServiceError, StoppingError
-from vswapd.front import ServiceError, cannot_lock
+from vswapd.front import ServiceError
 from vswapd.host import Host
 from vswapd.keeping import KeepingError, claim
 from vswapd.ledger import Column, Ledger
@@ -88,6 +88,8 @@ class Birth:
     """Whether an earlier process has left something in it."""
     kept: bool = False
     """Whether the memory outlives the supervisor, too."""
+    locks: bool = False
+    """Whether it is to be locked into RAM."""
     devices: tuple[InUse, ...] = ()
     """Those in use, for a process that comes after another."""
 
@@ -232,11 +234,8 @@ class ShardProcess:
     async def _run(self) -> None:
         async with contextlib.AsyncExitStack() as made:
             self._make()
-            if self._birth.config.pool.lock_memory:
-                try:
-                    self._shard.engine.lock_memory()
-                except OSError as error:
-                    raise ServiceError(cannot_lock(error)) from None
+            if self._birth.locks:
+                self._lock_memory()
             await self._shard.start(made)
             # What the supervisor wants goes on as long as there are connections, and no longer.
             made.push_async_callback(self._channel.end)
@@ -250,6 +249,13 @@ class ShardProcess:
             self._ready.set()
             self._channel.tell(Ready())
             await self._stopping.wait()
+
+    def _lock_memory(self) -> None:
+        """As the supervisor could: not to be able to is news, and no reason to lose pages for."""
+        try:
+            self._shard.engine.lock_memory()
+        except OSError as error:
+            _LOG.error("shard %d goes on without a lock: %s", self._birth.index, error.strerror)
 
     async def _handle(self, message: Any, descriptors: list[int]) -> Any:
         await self._ready.wait()

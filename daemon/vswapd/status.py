@@ -30,6 +30,10 @@ class Facts:
     uptime_s: float
     clients: int
     shrinker_errors: int
+    locked: bool
+    """Whether table and pool are locked into RAM."""
+    lock_trouble: str
+    """Why not, where it was wanted."""
     fits_bytes: int
     """What the pool can have at most beside the processes."""
     lowered: str
@@ -66,6 +70,8 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
             "pressure": pool.pressure,
             "fits_bytes": facts.fits_bytes,
             "lowered": facts.lowered,
+            "locked": facts.locked,
+            "lock_trouble": facts.lock_trouble,
             "reserve_bytes": settings.pool_reserve,
             "accept_bytes": int(pool.limit_bytes * settings.accept_threshold),
             "live_bytes": pool.live_bytes,

@@ -674,14 +674,8 @@ class Engine:
         return self._then_nudge(verify(self.core))
 
     def lock_memory(self) -> None:
-        """Keep table, pool and state in RAM, each page from its first touch on.
-
-        Raises:
-            OSError: RLIMIT_MEMLOCK is too low, or the kernel refused.
-        """
-        self.core.memory.table.lock()
-        self.core.memory.pool.lock()
-        self.core.memory.state.lock()
+        """Keep table, pool and state in RAM; see ShardMemory.lock."""
+        self.core.memory.lock()
 
     def report_to(self, report: Report) -> None:
         """Have what goes wrong besides requests told, instead of raised; see `housekeeping`."""

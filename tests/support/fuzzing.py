@@ -352,6 +352,8 @@ class _Surroundings:
             uptime_s=0.0,
             clients=self.shard.server.clients,
             shrinker_errors=0,
+            locked=False,
+            lock_trouble="",
             fits_bytes=0,
             lowered="",
             settings=config.flat(),

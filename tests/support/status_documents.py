@@ -44,6 +44,8 @@ EMPTY: dict[str, Any] = {
         "pressure": "",
         "fits_bytes": 256 * MIB,
         "lowered": "",
+        "locked": False,
+        "lock_trouble": "",
         "reserve_bytes": 128 * MIB,
         "accept_bytes": 230 * MIB,
         "live_bytes": 0,

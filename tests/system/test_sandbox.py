@@ -25,6 +25,7 @@ from support.installed import (
     show,
     status,
 )
+from support.privileges import skip_unless_locking
 from support.sources import REPOSITORY
 
 pytestmark = [pytest.mark.systemd, pytest.mark.timeout(900)]
@@ -145,6 +146,7 @@ def _kilobytes(maps: list[str], name: str) -> int:
 
 def test_memory_is_locked_as_it_fills(machine: Container) -> None:
     """What stands in table and pool is locked, and nothing is brought in only to be locked."""
+    skip_unless_locking(1 << 20)
     restarted(machine)
     held = _held_maps(machine)
     locked = _kilobytes(held, "Locked")

@@ -160,6 +160,8 @@ def _pool(status: Document) -> RenderableType:
         lines.append(Text(f"FULL: refuses pages until it is down to {until}", BAD))
     if pool["lowered"]:
         lines.append(Text(pool["lowered"], WARN))
+    if pool["lock_trouble"]:
+        lines.append(Text(f"not locked into RAM: {pool['lock_trouble']}", WARN))
     if pool["pressure"]:
         least = human_size(pool["limit_bytes"])
         lines.append(Text(f"{pool['pressure']}: it may take {least} for now", WARN))

@@ -191,6 +191,11 @@ FAMILIES: Final = (
         _one("pool", "full"),
     ),
     Family(
+        "vswap_pool_locked",
+        "1 if table and pool are locked into RAM, else 0.",
+        _one("pool", "locked"),
+    ),
+    Family(
         "vswap_pool_corrupt_total",
         "Entries of the pool that turned out to be damaged.",
         _one("pool", "corrupt_entries"),

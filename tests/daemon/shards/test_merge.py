@@ -96,6 +96,8 @@ def test_a_document_can_be_made_of_it() -> None:
         uptime_s=1.0,
         clients=2,
         shrinker_errors=0,
+        locked=False,
+        lock_trouble="",
         fits_bytes=0,
         lowered="",
         settings={},

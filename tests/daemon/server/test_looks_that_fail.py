@@ -41,7 +41,10 @@ def store_until_short(space: vswap.Space, control: Control) -> dict[int, Any]:
     seed = 0
     while not control.status()["pool"]["pressure"]:
         seed += 1
-        slots = space.store(noise(seed))
+        try:
+            slots = space.store(noise(seed))
+        except vswap.Rejected:
+            continue  # it has just noticed
         if len(stored) < 20:
             stored[seed] = slots
         else:

@@ -6,7 +6,7 @@ growth that is left is what `pool.reserve = auto` keeps free.
 
 Invariants:
 - `growth` is the most that all processes together come to take on top of what they take at the
-  start, whatever their clients do, as far as `server.max_connections` clients can.
+  start, whatever their clients do, but for thousands of them that all stop reading at once.
 
 This module must not know where limits come from, or what holds them.
 """
@@ -37,6 +37,8 @@ _LEAST_REPLIES: Final = 32 << 10
 _HELD: Final = 3
 """Times that much a connection can have in unsent replies: here, and in the kernel, whose buffers
 count for twice their size (socket(7), SO_SNDBUF)."""
+_UNREAD_PART: Final = 8
+"""Of thousands of connections not all stop reading at once: no more than this part is kept free."""
 _COPIES: Final = 2
 """A store's pages, and what they were compressed to, while it waits for room."""
 _JOINED: Final = 3
@@ -80,12 +82,13 @@ class Budget:
         large = buffers // shards * 3 // 8
         frame = HEADER_BYTES + max_batch * page
         requests = _COPIES * (buffers // shards - large) + _JOINED * max(large, frame)
+        unread = min(_HELD * replies * connections, ram_bytes // _UNREAD_PART)
         return cls(
             buffers=buffers,
             max_batch=max_batch,
             replies=replies,
             windows=windows,
-            growth=shards * (requests + _WORK) + windows + _HELD * replies * connections,
+            growth=shards * (requests + _WORK) + windows + unread,
         )
 
 

@@ -102,17 +102,17 @@ class Reception:
 
     def _receive(self, sock: socket.socket, hello: bytes) -> None:
         """Hand a connection over to the shard that it asks for, or to one that moves."""
-        wish, _ = parse_wish(hello, len(self._children))
+        wish, joins = parse_wish(hello, len(self._children))
         uid = Peer.of(sock).uid
-        if wish is not None or len(self._children) == 1:
-            self._hand_over(sock, hello)
+        if wish is not None:
+            self._hand_over(sock, uid, self._children[wish], joins=joins)
         elif why := self._greeted.refusal(uid):
             self._refusals.refuse(sock, why, self._loop.time())
         else:
             self._greeted.take(uid)
-            self._later(self._find_one_that_moves(sock, hello, uid))
+            self._later(self._find_one_that_moves(sock, uid, joins=joins))
 
-    async def _find_one_that_moves(self, sock: socket.socket, hello: bytes, uid: int) -> None:
+    async def _find_one_that_moves(self, sock: socket.socket, uid: int, *, joins: bool) -> None:
         """A shard that is stopped is there, and would never greet anybody."""
         try:
             child = self._fewest()
@@ -127,7 +127,7 @@ class Reception:
             raise
         finally:
             self._greeted.give(uid)
-        self._hand_over(sock, hello)
+        self._hand_over(sock, uid, self._fewest(), joins=joins)
 
     def _fewest(self) -> Child:
         """Of the shards with the fewest connections that whose last one has been there longest.
@@ -140,13 +140,10 @@ class Reception:
             moving or there or self._children, key=lambda each: (each.connections, each.turn)
         )
 
-    def _hand_over(self, sock: socket.socket, hello: bytes) -> None:
-        wish, joins = parse_wish(hello, len(self._children))
-        uid = Peer.of(sock).uid
+    def _hand_over(self, sock: socket.socket, uid: int, child: Child, *, joins: bool) -> None:
         if not joins and (why := self._places.refusal(uid)):
             self._refusals.refuse(sock, why, self._loop.time())
             return
-        child = self._fewest() if wish is None else self._children[wish]
         self._turns += 1
         child.turn = self._turns
         serve = Serve(None if joins else uid)

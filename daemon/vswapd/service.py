@@ -366,10 +366,9 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
             undo.callback(listener.close)
         if sockets.own is not None:
             undo.callback(sockets.own.close)
+        undo.enter_context(contextlib.suppress(GivenUpError))
         try:
             _serve(config, host, source, overrides, manager, sockets, undo)
-        except GivenUpError:
-            return
         except KeepingError as error:
             raise _cannot_go_on(error, manager) from None
         except (RecoveryError, OutOfServiceError) as error:

@@ -393,8 +393,8 @@ def test_what_is_claimed_is_let_go_of_in_every_way(daemon: RunningDaemon) -> Non
                 wire.socket.shutdown(socket.SHUT_WR)
     with Wire(daemon.socket_path) as wire:
         wire.hello(name="x")
-        wire.assert_in_step()
-        assert wire.ask(STATUS).json["clients"] == 1
+        while wire.ask(STATUS).json["clients"] != 1:
+            pass  # a shard notices the end of a connection when it has a turn
     with Wire(daemon.socket_path) as control_only:
         control_only.hello(FOR_CONTROL)
         assert outcome(daemon.socket_path, name="x", shard=1) == 0

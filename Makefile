@@ -170,6 +170,7 @@ before_vswapd := trap "" HUP; $(EMPTY)
 INSTALLED = $(addprefix $(PREFIX)/, \
 	bin/vswapd bin/vswapctl \
 	lib/systemd/system/vswapd.service lib/systemd/system/vswapd.socket \
+	lib/systemd/user/vswapd.service lib/systemd/user/vswapd.socket \
 	lib/sysusers.d/vswapd.conf lib/tmpfiles.d/vswapd.conf \
 	share/man/man8/vswapd.8 share/man/man1/vswapctl.1 \
 	$(foreach command,$(COMMANDS), \
@@ -201,10 +202,12 @@ install: stage ## install below PREFIX (/usr/local), staged below DESTDIR if giv
 		install -D -m 644 $(STAGE)/completions/$(command).fish '$(TO)/share/fish/vendor_completions.d/$(command).fish' &&) true
 	install -D -m 644 $(STAGE)/man/vswapd.8 '$(TO)/share/man/man8/vswapd.8'
 	install -D -m 644 $(STAGE)/man/vswapctl.1 '$(TO)/share/man/man1/vswapctl.1'
-	install -d '$(TO)/lib/systemd/system'
 	sed '$(PLACED)' systemd/vswapd.service > build/bin/vswapd.service
-	install -m 644 build/bin/vswapd.service '$(TO)/lib/systemd/system/vswapd.service'
-	install -m 644 systemd/vswapd.socket '$(TO)/lib/systemd/system/vswapd.socket'
+	install -D -m 644 build/bin/vswapd.service '$(TO)/lib/systemd/system/vswapd.service'
+	install -D -m 644 systemd/vswapd.socket '$(TO)/lib/systemd/system/vswapd.socket'
+	sed '$(PLACED)' systemd/user/vswapd.service > build/bin/vswapd.user.service
+	install -D -m 644 build/bin/vswapd.user.service '$(TO)/lib/systemd/user/vswapd.service'
+	install -D -m 644 systemd/user/vswapd.socket '$(TO)/lib/systemd/user/vswapd.socket'
 	install -D -m 644 systemd/vswapd.sysusers.conf '$(TO)/lib/sysusers.d/vswapd.conf'
 	sed '$(PLACED)' systemd/vswapd.tmpfiles.conf > build/bin/vswapd.tmpfiles.conf
 	install -D -m 644 build/bin/vswapd.tmpfiles.conf '$(TO)/lib/tmpfiles.d/vswapd.conf'

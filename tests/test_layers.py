@@ -39,7 +39,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__", "demo"),
     ("cli",),
     ("service",),
-    ("supervisor",),
+    ("starting", "supervisor"),
     ("reception", "arbiter"),
     ("forking",),
     ("shard_process", "swap_devices"),

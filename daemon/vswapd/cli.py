@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from vswapd import __version__, held_signals, journal
-from vswapd.config import Config, ConfigError, load
+from vswapd.config import ConfigError, load
 from vswapd.errors import EngineError
 from vswapd.host import Host
 from vswapd.listener import ListenError
@@ -127,28 +127,32 @@ def _source(options: argparse.Namespace) -> Path | None:
     return found
 
 
-def _config(options: argparse.Namespace) -> tuple[Config, Path | None, tuple[str, ...]]:
-    source = _source(options)
+def _sources(options: argparse.Namespace) -> tuple[Path | None, tuple[str, ...]]:
     overrides = tuple(options.overrides)
     if getattr(options, "socket", None):
         overrides += (f"server.socket={options.socket}",)
-    return load(source, overrides), source, overrides
+    return _source(options), overrides
 
 
 def _serve(options: argparse.Namespace) -> None:
-    config, source, overrides = _config(options)
-    journal.set_up(config.log.level)
     # Only now: check-config and --help need no engine.
     from vswapd.service import ServiceError, serve
 
+    if journal.is_journal(sys.stderr):
+        # Until it is known how much is to be told: why it cannot be known has a level, too.
+        journal.set_up("info")
     try:
-        serve(config, source, overrides)
+        serve(*_sources(options))
     except ServiceError as error:
         _fail(str(error), error.exit_code)
 
 
 def _check(options: argparse.Namespace) -> None:
-    config, _, _ = _config(options)
+    config = load(*_sources(options))
     config.settings(Host.here())
+    if config.metrics.listen:
+        from vswapd.metrics import check  # it brings a library
+
+        check(config.metrics.listen, or_in_use=True)
     for key, value in config.flat().items():
         print(f"{key} = {value}")

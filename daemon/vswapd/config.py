@@ -64,7 +64,8 @@ RELOADABLE: Final[frozenset[str]] = frozenset(
     if key.partition(".")[0] not in FIXED_SECTIONS and key != "pool.lock_memory"
 )
 """Keys that can change while the daemon runs; ask `reloadable(key)` for keys with group names."""
-
+OF_MEMORY: Final = ("server.shards", "table.max_slots")
+"""Keys that decide how memory is made: they hold for as long as it is there, whoever serves it."""
 
 _SHARD_POOL: Final = 64 << 20
 """Pool that makes another shard worth its process, where their number is `auto`."""
@@ -73,6 +74,10 @@ _RESERVE_SHARE: Final = 0.05
 """Of the memory that the daemon may use, where pool.reserve is `auto`."""
 _MOST_BYTES: Final = 1 << 20
 """Of a file: hundreds of times what every key with its comment takes."""
+
+
+_MOST_DIGITS: Final = 10
+"""Of a uid; longer numbers are nobody's."""
 
 
 class ConfigError(Exception):
@@ -94,6 +99,14 @@ def reloadable(key: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptMemory:
+    """What memory that outlives the process is, whatever the keys in OF_MEMORY come to now."""
+
+    shards: int
+    max_slots: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """All that can be configured; the fields are the tables of the file."""
 
@@ -109,6 +122,8 @@ class Config:
     """By name: a user's name, a uid in decimal, or `default`, which is always there."""
     metrics: Metrics = field(default_factory=Metrics)
     log: Log = field(default_factory=Log)
+    kept: KeptMemory | None = None
+    """Memory that outlives the process; None: there is none, it is made as the tables say."""
 
     def with_override(self, key: str, text: str) -> Config:
         """This configuration with one key set from text, as `vswapctl set` does.
@@ -140,6 +155,65 @@ class Config:
         """Every dotted key and its value, as text that `with_override` would take."""
         return {key: text_of(value) for key, value in _items(self)}
 
+    @classmethod
+    def from_flat(cls, flat: Mapping[str, str]) -> tuple[Config, list[ConfigError]]:
+        """What `flat` was made of; and what of it is not understood, and was left out.
+
+        The values are not checked against each other: they have been, perhaps by another version.
+        """
+        config = cls()
+        left_out: list[ConfigError] = []
+        devices: dict[str, dict[str, str]] = {}
+        for key, text in flat.items():
+            where, _, name = key.rpartition(".")
+            if where.startswith("device["):
+                devices.setdefault(where, {})[name] = text
+                continue
+            try:
+                config = _assign(config, key, text, from_text=True, source="")
+            except ConfigError as error:
+                left_out.append(error)
+        for where, fields in devices.items():
+            try:
+                device = _device(fields, where, from_text=True, source="")
+            except ConfigError as error:
+                left_out.append(error)
+            else:
+                config = dataclasses.replace(config, devices=(*config.devices, device))
+        return config, left_out
+
+    def without(self, key: str) -> Config:
+        """This configuration with one key, or one group, back at its default.
+
+        Args:
+            key: as a ConfigError has it. Of one that is not to be found all is left out.
+        """
+        section, _, name = key.partition(".")
+        if section in SECTIONS and name in field_names(SECTIONS[section]):
+            table = getattr(self, section)
+            default = getattr(SECTIONS[section](), name)
+            changed = msgspec.structs.replace(table, **{name: default})
+            return dataclasses.replace(self, **{section: changed})
+        if section == "groups":
+            group = name if name in self.groups else name.rpartition(".")[0]
+            others = {each: keys for each, keys in self.groups.items() if each != group}
+            return dataclasses.replace(
+                self, groups=MappingProxyType({DEFAULT: DEFAULT_GROUP, **others})
+            )
+        return Config(kept=self.kept)
+
+    def over(self, kept: KeptMemory, made_with: Mapping[str, str]) -> Config:
+        """This configuration over memory that outlives the process.
+
+        Args:
+            kept: what the memory is.
+            made_with: the keys of OF_MEMORY, as they were when it was made.
+        """
+        config = self
+        for key in OF_MEMORY:
+            config = _assign(config, key, made_with[key], from_text=True, source="")
+        return dataclasses.replace(config, kept=kept)
+
     def fixed_changes(self, new: Config) -> tuple[str, ...]:
         """The keys that differ in `new` but cannot be changed before a restart, sorted."""
         old, other = self.flat(), new.flat()
@@ -161,6 +235,7 @@ class Config:
             new,
             server=self.server,
             table=self.table,
+            kept=self.kept,
             devices=self.devices,
             pool=msgspec.structs.replace(new.pool, lock_memory=self.pool.lock_memory),
         )
@@ -197,7 +272,7 @@ class Config:
                 )
             groups[uid] = _limits(keys, default, pool_max)
         return Settings(
-            max_slots=self.table.max_slots,
+            max_slots=self.table.max_slots if self.kept is None else self.kept.max_slots,
             pool_max=pool_max,
             pool_reserve=self._reserve(host),
             accept_threshold=float(self.pool.accept_threshold),
@@ -241,6 +316,8 @@ class Config:
 
     def shards(self, host: Host) -> int:
         """How many shards there are to be: server.shards, or one per core that has enough to do."""
+        if self.kept is not None:
+            return self.kept.shards
         if self.server.shards:
             return int(self.server.shards)
         pool_max = self.pool.max.of(host.ram_bytes)
@@ -454,7 +531,7 @@ def _checked(config: Config, sources: Mapping[str, str], fallback: str) -> Confi
 
 def _uid_text(group: str, host: Host) -> str:
     """The group name that the engine knows: the uid in decimal."""
-    if group.isascii() and group.isdigit():
+    if group.isascii() and group.isdigit() and len(group) <= _MOST_DIGITS:
         return str(int(group))
     uid = host.uid_of(group)
     if uid is None:

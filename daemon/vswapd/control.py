@@ -6,8 +6,6 @@ of it, or none. Texts are never changed in place.
 
     record:  state u64 | ...     state: 0 nothing is here, 1 it is in use, 2 it is being closed
 
-Settings have two halves: the one that is not in force is written, and then named by the head.
-
 Invariants:
 - Of a device that is let go of nothing is left, its key least of all.
 - Keys of devices are in no repr.
@@ -18,7 +16,6 @@ This module must not know what spaces and devices are used for.
 from __future__ import annotations
 
 import struct
-import zlib
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,10 +24,10 @@ import numpy as np
 from vswapd.answers import Answers
 from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.groups import Holder, Space
+from vswapd.kept_text import KeptText, TooLongError
 from vswapd.memory import (
     DEVICE_BYTES,
     MOST_SPACES,
-    SETTINGS_BYTES,
     SPACE_BYTES,
     Head,
     ShardMemory,
@@ -45,7 +42,6 @@ _HOLDER: Final = struct.Struct("<QQI")
 _HOLDER_AT: Final = struct.calcsize("<QQIIIxxxxd")
 _DEVICE: Final = struct.Struct("<QqQQI16s")
 _LENGTH: Final = struct.Struct("<H")
-_SETTINGS: Final = struct.Struct("<II")
 MOST_NAME: Final = 255
 """Bytes of a space's name, in UTF-8."""
 _MOST_TEXT: Final = 256
@@ -104,7 +100,7 @@ class Control:
         self._space_words = np.frombuffer(memory.spaces, np.int64)
         self._devices = memory.devices
         self._device_words = np.frombuffer(memory.devices, np.int64)
-        self._settings = memory.settings
+        self._settings = KeptText(self.head[Head.SETTINGS : Head.SETTINGS + 1], memory.settings)
         self.answers: Final = Answers(memory)
         self._limit = self.head.item(Head.SPACES)
         self._free: list[int] = []
@@ -265,26 +261,16 @@ class Control:
         Raises:
             ArgumentError: it is too long; what was kept before still is.
         """
-        encoded = text.encode()
-        if len(encoded) > SETTINGS_BYTES - _SETTINGS.size:
-            raise ArgumentError("too much was set at run time: write it to the file, and restart")
-        half = 1 - (self.head.item(Head.SETTINGS) & 1)
-        at = half * SETTINGS_BYTES
-        head = _SETTINGS.pack(len(encoded), zlib.crc32(encoded))
-        self._settings[at : at + len(head) + len(encoded)] = head + encoded
-        self.head[Head.SETTINGS] = 2 | half
+        try:
+            self._settings.keep(text)
+        except TooLongError:
+            raise ArgumentError(
+                "too much was set at run time: write it to the file, and restart"
+            ) from None
 
     def settings(self) -> str | None:
         """What was kept last; None: nothing."""
-        word = self.head.item(Head.SETTINGS)
-        if not word:
-            return None
-        at = (word & 1) * SETTINGS_BYTES
-        length, check = _SETTINGS.unpack_from(self._settings, at)
-        begin = at + _SETTINGS.size
-        encoded = bytes(self._settings[begin : begin + length])
-        assert zlib.crc32(encoded) == check
-        return encoded.decode()
+        return self._settings.text()
 
 
 def _fields(holder: Holder) -> tuple[int, int, int]:

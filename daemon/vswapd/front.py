@@ -18,11 +18,12 @@ import contextlib
 import logging
 import os
 import resource
+import select
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
@@ -63,6 +64,8 @@ class Tally(NamedTuple):
     slots: int
     clients: int
     saved_bytes: int
+    devices: tuple[str, ...] = ()
+    """Paths of those in use."""
 
 
 class Body(Protocol):
@@ -128,13 +131,51 @@ def open_sockets(config: Config, host: Host, manager: ServiceManager) -> Sockets
     return Sockets(listener.path, [listener.socket], listener)
 
 
+def turn_away(listeners: Iterable[socket.socket]) -> None:
+    """Hang up on clients that wait at sockets which nobody is going to serve, and close ours.
+
+    The service manager goes on to listen there. It would begin the daemon again at once for clients
+    that still wait, and they would wait for ever.
+    """
+    for listener in listeners:
+        waiting = select.poll()
+        waiting.register(listener, select.POLLIN)
+        with listener, contextlib.suppress(OSError):
+            while waiting.poll(0):
+                listener.accept()[0].close()
+
+
 class Front:
     """See the module. Made inside a running event loop; `body` is set before `run`."""
 
-    def __init__(self, config: Config, sockets: Sockets, manager: ServiceManager) -> None:
+    def __init__(
+        self,
+        config: Config,
+        read: Config | str,
+        sockets: Sockets,
+        manager: ServiceManager,
+        note: Callable[[Config], None],
+    ) -> None:
+        """Make it.
+
+        Args:
+            config: what it starts with.
+            read: what the file says, or what is wrong with it.
+            sockets: where to listen.
+            manager: who has started this process.
+            note: told of each configuration that was read, and is good.
+        """
         self._config = config
+        self._read = read
+        self._problem: str | None = None
+        """Why what the file says does not hold; None: it does."""
+        self._lacking: dict[str, str] = {}
+        """Devices that it names and that could not be put into use, by path, with the reason."""
+        self._note = note
         self._sockets = sockets
         self._manager = manager
+        self._news = asyncio.Event()
+        """There is something new for the service manager to show."""
         self._started = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
@@ -201,6 +242,8 @@ class Front:
         made.push_async_callback(asyncio.to_thread, self._close_metrics)
         # A file that cannot be written now may be later: that is no reason not to start.
         await asyncio.to_thread(self.configure, self._config, tried=False)
+        # Only now it is good: all that it asks for is there.
+        self.was_read(self._read)
         self._acceptors = self.body.listen(self._sockets.listeners, made)
         beside(made, self._tell_status())
         if self._manager.watchdog_s is not None:
@@ -225,12 +268,26 @@ class Front:
             if line != told:
                 told = line
                 self._manager.tell(STATUS=line)
-            await asyncio.sleep(_STATUS_S)
+            self._news.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), _STATUS_S)
 
     async def _headline(self) -> str:
         tally = await self.body.tally()
         saved = human_size(tally.saved_bytes)
-        return f"{tally.slots:,} pages of {tally.clients} clients, {saved} saved"
+        line = f"{tally.slots:,} pages of {tally.clients} clients, {saved} saved"
+        error = self._config_error(tally.devices)
+        return line if error is None else f"CONFIGURATION ERROR: {error} | {line}"
+
+    def _config_error(self, in_use: Collection[str]) -> str | None:
+        """Why not all that the file says holds; None: it does."""
+        found = [] if self._problem is None else [f"{self._problem}; what was loaded last holds"]
+        for path, why in list(self._lacking.items()):
+            if path in in_use:
+                self._lacking.pop(path, None)  # somebody has put it into use since
+            else:
+                found.append(f"{why}; the daemon goes on without it")
+        return "; ".join(found) or None
 
     # What steering asks
 
@@ -253,9 +310,23 @@ class Front:
             _LOG.warning("%s", fitting.lowered)
 
     def facts(
-        self, config: Config, *, clients: int, shrinker_errors: int, fitting: Fitting
+        self,
+        config: Config,
+        *,
+        clients: int,
+        shrinker_errors: int,
+        fitting: Fitting,
+        in_use: Collection[str],
     ) -> status.Facts:
-        """What the engine does not know, for the status document."""
+        """What the engine does not know, for the status document.
+
+        Args:
+            config: what is in force.
+            clients: how many there are.
+            shrinker_errors: how many steps of it have failed.
+            fitting: how far pool.max fits.
+            in_use: the paths of devices.
+        """
         return status.Facts(
             locked=self.lock.locked,
             lock_trouble=self.lock.trouble,
@@ -268,7 +339,24 @@ class Front:
             clients=clients,
             shrinker_errors=shrinker_errors,
             settings=config.flat(),
+            config_error=self._config_error(in_use),
         )
+
+    def was_read(self, read: Config | str) -> None:
+        """See steering.Surroundings."""
+        if isinstance(read, str):
+            self._problem = one_line(read)
+        else:
+            self._problem = None
+            named = {entry.path for entry in read.devices}
+            self._lacking = {path: why for path, why in self._lacking.items() if path in named}
+            self._note(read)
+        self._news.set()
+
+    def lacks(self, path: str, why: str) -> None:
+        """A device of the configuration cannot be put into use: the daemon goes on without it."""
+        _LOG.error("%s; the daemon goes on without it", why)
+        self._lacking[path] = one_line(why)
 
     def configure(self, config: Config, *, tried: bool = True) -> None:
         """Put metrics and logging into force. May block; not for the event loop's thread.
@@ -374,6 +462,11 @@ def lock_memory(config: Config, lock: Callable[[], None], *, revived: bool) -> L
         _LOG.warning("%s; the daemon goes on without", trouble)
         return Lock(False, trouble)
     return Lock(True)
+
+
+def one_line(text: str) -> str:
+    """Text that may be shown as one line, whatever a path or a name in it has."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _cannot_lock(error: OSError) -> str:

@@ -3,7 +3,8 @@
     N-KIND         the memory of shard N, as ShardMemory cuts it
     ledger         what several shards share limits through
     extents-HASH   which shard has which chunk of a device, of several
-    life           that there is all of it; sent last
+    life           that there is all of it; sent when all of the above is there
+    notes          text for the next process; memory that an older version has left has none
 
 What an earlier version has left is converted (see `upgrades`). The copy of a region that is of
 version V has the region's name and .V behind it, and is kept beside the original until the life's
@@ -33,6 +34,9 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final, Protocol
 
+import numpy as np
+
+from vswapd.kept_text import KeptText, TooLongError
 from vswapd.ledger import adopt_shared_region, shared_region
 from vswapd.memory import KINDS, Shape, ShardMemory
 from vswapd.upgrades import LIFE_VERSION, LIVES, Moment, converted
@@ -40,6 +44,7 @@ from vswapd_backends.label import (
     LIFE_BYTES,
     ForeignMemoryError,
     Label,
+    adopt_region,
     find_label,
     make_region,
     relabel,
@@ -51,6 +56,10 @@ _DETAILS: Final = struct.Struct("<I")
 _LIFE: Final = "life"
 _LEDGER: Final = "ledger"
 _EXTENTS: Final = "extents-"
+_NOTES: Final = "notes"
+_NOTES_VERSION: Final = 1
+_NOTES_BYTES: Final = SYSTEM_PAGE + (2 << 20)
+"""A page for the word that names a half, and the halves; untouched, they cost nothing."""
 _LAST_BREATH_S: Final = 45.0
 """How long the last process may take to end: as long as shards have to finish what is under way."""
 
@@ -160,8 +169,12 @@ class Keeping:
         self._given_up = given_up
         self._found = keeper.take_kept()
         """Descriptors by region, once `found` has chosen; by name before."""
+        self.holds: Final = _LIFE in self._found
+        """Whether an earlier process has left a life: what clients have stored is in it."""
         self._names: dict[str, str] = {}
         """What regions are kept as whose name is another."""
+        self._notes: KeptText | None = None
+        self._told_of_notes = False
 
     def found(self) -> Life | None:
         """The life that an earlier process has left; None: there was none. To be asked once.
@@ -298,6 +311,46 @@ class Keeping:
                 f"the service manager takes no descriptors: {error.strerror or error}"
             ) from None
 
+    # Notes for the next process
+
+    def notes(self) -> str | None:
+        """What was noted last of the life that was found; None: nothing.
+
+        To be asked before `found`.
+
+        Raises:
+            KeepingError: another version has noted it; it is left where it is.
+        """
+        if not self.holds or _NOTES not in self._found:
+            return None
+        try:
+            label = find_label(_NOTES, _NOTES_VERSION, self._found[_NOTES])
+        except ForeignMemoryError as error:
+            raise KeepingError(f"what an earlier daemon has left: {error}") from None
+        self._notes = _text_in(adopt_region(label, self._found.pop(_NOTES)))
+        return self._notes.text()
+
+    def note(self, text: str) -> None:
+        """Leave the next process a text, in place of the one before.
+
+        The daemon does without where it cannot be, and says so once.
+        """
+        try:
+            if self._notes is None:
+                life = os.urandom(LIFE_BYTES)
+                region = make_region(
+                    Label(kind=_NOTES, version=_NOTES_VERSION, life=life, size=_NOTES_BYTES)
+                )
+                self._notes = _text_in(region)
+                self._keep(_NOTES, region.fd)
+            self._notes.keep(text)
+        except (KeepingError, TooLongError) as error:
+            if not self._told_of_notes:
+                _LOG.warning(
+                    "the next daemon will not know what this one was configured with: %s", error
+                )
+            self._told_of_notes = True
+
     # Who has which chunk of a device
 
     def keep_owners(self, path: str, owners: SharedRegion) -> None:
@@ -329,6 +382,10 @@ class Keeping:
 
     def _let_go(self, region: str) -> None:
         self._keeper.let_go(self._names.pop(region, region))
+
+
+def _text_in(region: SharedRegion) -> KeptText:
+    return KeptText(region.words_array()[:1].view(np.int64), region.view[SYSTEM_PAGE:])
 
 
 def _names(shards: int) -> list[str]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import logging
 import secrets
 import socket
@@ -19,14 +18,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
-
-from vswapd import held_signals, stacks, status
+from vswapd import held_signals, journal, stacks, status
 from vswapd.acceptor import Acceptor
 from vswapd.config import Config, ConfigError
-from vswapd.config_schema import Shards
 from vswapd.control import Control, KeptDevice
-from vswapd.errors import OutOfServiceError
+from vswapd.errors import ArgumentError, OutOfServiceError
 from vswapd.forking import Child, end_children, fork_shards
 from vswapd.front import (
     Front,
@@ -34,18 +30,32 @@ from vswapd.front import (
     Sockets,
     Tally,
     lock_memory,
+    one_line,
     open_sockets,
     raise_descriptors,
+    turn_away,
 )
 from vswapd.host import Host
 from vswapd.keeping import GivenUpError, Keeping, KeepingError, Life, RefusedError, claim
+from vswapd.listener import ListenError
 from vswapd.notify import ServiceManager
 from vswapd.own_memory import own_bytes
 from vswapd.recovery import RecoveryError
 from vswapd.shard import Kept, Shard
 from vswapd.shard_process import Birth
 from vswapd.sizes import human_size
-from vswapd.steering import Opened, Reloaded, with_set
+from vswapd.starting import (
+    FallBack,
+    Notes,
+    NothingToFallBackOnError,
+    Start,
+    check_metrics,
+    made_with,
+    over,
+    over_new,
+    read,
+)
+from vswapd.steering import Opened, Reloaded
 from vswapd.supervisor import Before, Dealt, Supervisor
 from vswapd.swap_devices import Locked, adopt_device, open_alone, reopen_alone
 from vswapd.undumpable import be_undumpable
@@ -108,7 +118,7 @@ class OneShard:
                 if not self._revived:
                     raise
                 # It was out of use, and holds nothing: what the others hold is needed.
-                _LOG.error("%s; the daemon goes on without it", error)
+                self._front.lacks(entry.path, str(error))
                 continue
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
@@ -132,7 +142,12 @@ class OneShard:
         """See front.Body."""
         with self._shard.driver.lock:
             snapshot = self._shard.engine.snapshot()
-        return Tally(snapshot.slots.allocated, self._shard.server.clients, snapshot.saved_bytes)
+        return Tally(
+            snapshot.slots.allocated,
+            self._shard.server.clients,
+            snapshot.saved_bytes,
+            tuple(device.path for device in snapshot.devices),
+        )
 
     async def reload(self) -> Reloaded:
         """See front.Body."""
@@ -147,11 +162,16 @@ class OneShard:
             clients=self._shard.server.clients,
             shrinker_errors=self._shard.shrinker.errors,
             fitting=config.fitting(self._host, self._own_bytes),
+            in_use=self._shard.steering.devices,
         )
 
     def configure(self, config: Config) -> None:
         """See steering.Surroundings."""
         self._front.configure(config)
+
+    def was_read(self, read: Config | str) -> None:
+        """See steering.Surroundings."""
+        self._front.was_read(read)
 
 
 def _kept(life: Life) -> Kept:
@@ -242,51 +262,6 @@ def _cannot_go_on(error: KeepingError, manager: ServiceManager) -> ServiceError:
     return ServiceError("what was left is looked at again")
 
 
-def _gone_on_with(config: Config, host: Host, life: Life) -> Config:
-    """A configuration as it holds over memory that is there already, with what was set since."""
-    shards = len(life.memories)
-    wanted = config.shards(host)
-    if wanted != shards:
-        _LOG.warning(
-            "server.shards = %d: what was kept is of %d, which go on; stop the service for good, "
-            "and start it, to have another number",
-            wanted,
-            shards,
-        )
-    config = dataclasses.replace(
-        config,
-        table=msgspec.structs.replace(
-            config.table, max_slots=sum(memory.shape.max_slots for memory in life.memories)
-        ),
-        server=msgspec.structs.replace(config.server, shards=Shards(shards)),
-    )
-    base = config
-    for key, value in run_time_settings(Control(life.memories[0])).items():
-        try:
-            changed = with_set(config, key, value)
-            changed.settings(host)
-        except ConfigError as error:
-            _LOG.warning("%s = %s was set at run time, and is left out: %s", key, value, error)
-        else:
-            config = changed
-    return _with_metrics_that_can_be_served(config, base)
-
-
-def _with_metrics_that_can_be_served(config: Config, base: Config) -> Config:
-    """Metrics as they were set at run time, if that is possible now; else as the file has them."""
-    if config.metrics == base.metrics:
-        return config
-    from vswapd.metrics import Exporter
-
-    with Exporter(dict) as exporter:
-        try:
-            exporter.apply(config.metrics.listen, "")
-        except ConfigError as error:
-            _LOG.warning("metrics were set at run time, and are left out: %s", error)
-            return dataclasses.replace(config, metrics=base.metrics)
-    return config
-
-
 MakeBody = Callable[[Front], "OneShard | Supervisor"]
 
 
@@ -343,11 +318,16 @@ def _several(
     return make
 
 
-def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> None:
+def serve(source: Path | None, overrides: tuple[str, ...]) -> None:
     """Run a daemon until it is told to stop. Signals are held, see held_signals.
 
+    Args:
+        source: the configuration's file; None: the defaults.
+        overrides: what holds on top of it.
+
     Raises:
-        ListenError, ServiceError, ConfigError: it could not start, or go on; the text says why.
+        ConfigError: it could not start with this configuration; nothing is kept.
+        ListenError, ServiceError: it could not start, or go on; the text says why.
         OSError, MemoryError, RuntimeError: the system refuses what it cannot do without.
     """
     be_undumpable()
@@ -358,52 +338,118 @@ def serve(config: Config, source: Path | None, overrides: tuple[str, ...]) -> No
         manager = ServiceManager()
     except ValueError as error:
         raise ServiceError(f"LISTEN_FDS: {error}") from None
-    config.settings(host)  # what is wrong with it is found before anything is made
-    raise_descriptors(config, host)
-    sockets = open_sockets(config, host, manager)
+    keeping = Keeping(manager, held_signals.asked_to_end)
+    with contextlib.suppress(GivenUpError):
+        try:
+            _serve(source, overrides, host, manager, keeping)
+        except KeepingError as error:
+            failed: Exception = _cannot_go_on(error, manager)
+        except (RecoveryError, OutOfServiceError, NothingToFallBackOnError) as error:
+            failed = ServiceError(str(error))
+        except (ConfigError, ArgumentError) as error:
+            # A unit may end for good with a ConfigError's code, and what is kept would be given up.
+            failed = ServiceError(str(error)) if keeping.holds else error
+            if not keeping.holds:
+                with contextlib.suppress(ValueError):  # what was passed is no socket
+                    turn_away(manager.take_sockets())
+        except (ListenError, ServiceError) as error:
+            failed = error
+        else:
+            return
+        manager.tell(STATUS=f"FAILED: {one_line(str(failed))}")
+        raise failed
+
+
+def _serve(
+    source: Path | None,
+    overrides: tuple[str, ...],
+    host: Host,
+    manager: ServiceManager,
+    keeping: Keeping,
+) -> None:
+    notes = keeping.notes()
+    start, sockets = _begin(source, overrides, host, manager, keeping, notes)
     with contextlib.ExitStack() as undo:
         for listener in sockets.listeners:
             undo.callback(listener.close)
         if sockets.own is not None:
             undo.callback(sockets.own.close)
-        undo.enter_context(contextlib.suppress(GivenUpError))
+        life = _life(start.config, host, keeping, keeps=manager.keeps)
+        if life is not None and life.revived:
+            start = over(start, life.memories, host, notes)
+        elif life is not None and manager.keeps:
+            start = over_new(start, life.memories)
+        config = start.config
+        if start.problem:
+            _LOG.error("configuration not loaded, the last one goes on to hold: %s", start.problem)
+        make_body: MakeBody = partial(
+            OneShard, config=config, host=host, source=source, overrides=overrides, life=life
+        )
+        if life is not None and len(life.memories) > 1:
+            own = () if sockets.own is None else sockets.own.descriptors
+            unwanted = {*own, *(sock.fileno() for sock in sockets.listeners)}
+            make_body = _several(
+                config, host, source, overrides, life, manager, keeping, unwanted, undo
+            )
+        keeping.forget_the_rest()
         try:
-            _serve(config, host, source, overrides, manager, sockets, undo)
-        except KeepingError as error:
-            raise _cannot_go_on(error, manager) from None
-        except (RecoveryError, OutOfServiceError) as error:
-            raise ServiceError(str(error)) from None
+            with asyncio.Runner() as runner:
+                runner.run(_run(start, sockets, manager, keeping, make_body))
+        except ConfigError:
+            if sockets.own is None and not keeping.holds:
+                turn_away(sockets.listeners)
+            raise
 
 
-def _serve(
-    config: Config,
-    host: Host,
+async def _run(
+    start: Start,
+    sockets: Sockets,
+    manager: ServiceManager,
+    keeping: Keeping,
+    make_body: MakeBody,
+) -> None:
+    kept_with = made_with(start.config)
+
+    def note(read: Config) -> None:
+        if manager.keeps:
+            keeping.note(str(Notes(made_with=kept_with, read=read.flat())))
+
+    front = Front(start.config, start.read or start.problem, sockets, manager, note)
+    front.body = make_body(front)
+    await front.run()
+
+
+def _begin(
     source: Path | None,
     overrides: tuple[str, ...],
+    host: Host,
     manager: ServiceManager,
-    sockets: Sockets,
-    undo: contextlib.ExitStack,
-) -> None:
-    """The same, once it has its socket."""
-    keeping = Keeping(manager, held_signals.asked_to_end)
-    life = _life(config, host, keeping, keeps=manager.keeps)
-    if life is not None and life.revived:
-        config = _gone_on_with(config, host, life)
-    make_body: MakeBody = partial(
-        OneShard, config=config, host=host, source=source, overrides=overrides, life=life
-    )
-    if life is not None and len(life.memories) > 1:
-        own = () if sockets.own is None else sockets.own.descriptors
-        unwanted = {*own, *(sock.fileno() for sock in sockets.listeners)}
-        make_body = _several(
-            config, host, source, overrides, life, manager, keeping, unwanted, undo
-        )
-    keeping.forget_the_rest()
+    keeping: Keeping,
+    notes: str | None,
+) -> tuple[Start, Sockets]:
+    """The configuration to start with, and the sockets that it asks for.
 
-    async def main() -> None:
-        front = Front(config, sockets, manager)
-        front.body = make_body(front)
-        await front.run()
+    Raises:
+        ConfigError, ListenError, ServiceError, NothingToFallBackOnError: there are none.
+    """
 
-    with asyncio.Runner() as runner:
-        runner.run(main())
+    def usable(config: Config) -> None:
+        config.settings(host)
+        if keeping.holds:
+            # Whoever starts with nothing finds it out when he tries, and fails.
+            check_metrics(config)
+
+    fall_back = FallBack(notes, usable) if keeping.holds else None
+    start = read(source, overrides, usable, fall_back)
+    journal.set_up(start.config.log.level)
+    raise_descriptors(start.config, host)
+    try:
+        return start, open_sockets(start.config, host, manager)
+    except ListenError as error:
+        if fall_back is None or start.read is None:
+            raise
+        last = fall_back.start(str(error))
+        if last.config.server == start.config.server:
+            raise
+        raise_descriptors(last.config, host)
+        return last, open_sockets(last.config, host, manager)

@@ -399,6 +399,10 @@ class ShardProcess:
         """See steering.Surroundings. Metrics are the supervisor's."""
         journal.set_up(config.log.level)
 
+    def was_read(self, read: Config | str) -> None:
+        """Files are read by the supervisor."""
+        raise NotImplementedError
+
     def _open_device(self, entry: Device) -> Opened:
         raise OutOfServiceError(f"{entry.path}: devices are opened by the supervisor")
 

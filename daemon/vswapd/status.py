@@ -39,6 +39,8 @@ class Facts:
     lowered: str
     """Why that is less than its maximum; empty: it is not."""
     settings: Mapping[str, str]
+    config_error: str | None = None
+    """Why the configuration's file does not hold; None: it does."""
 
 
 def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def document(snapshot: Snapshot, facts: Facts, discards: Mapping[str, bool]) -> 
         "state": facts.state,
         "pid": facts.pid,
         "uptime_s": round(facts.uptime_s, 1),
+        "config_error": facts.config_error,
         "shards": 1,
         "silent_shards": [],
         "slots": {"allocated": slots.allocated, **dataclasses.asdict(slots)},

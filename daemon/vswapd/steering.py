@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final, NamedTuple, Protocol
 
 from vswapd import status
 from vswapd.arguments import Arguments
-from vswapd.config import Config, ConfigError, load, reloadable
+from vswapd.config import OF_MEMORY, Config, ConfigError, load, reloadable
 from vswapd.config_schema import Device, Size
 from vswapd.control import Origin
 from vswapd.driver import T, Task
@@ -49,17 +49,27 @@ OpenDevice = Callable[[Device], Opened]
 
 
 class Reloaded(NamedTuple):
-    """What a reload changed, and what it could not before a restart; dotted keys, sorted."""
+    """What a reload changed, and what it could not; dotted keys, sorted."""
 
     changed: tuple[str, ...]
     ignored: tuple[str, ...]
+    """What a restart changes."""
+    after_stop: tuple[str, ...]
+    """What no restart changes, as it keeps the memory: the service has to be stopped for it."""
 
     @classmethod
     def between(cls, old: Config, new: Config, read: Config) -> Reloaded:
         """What a reload of `read` has done that made `new` of `old`."""
         before, after = old.flat(), new.flat()
         changed = (k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
-        return cls(tuple(sorted(changed)), old.fixed_changes(read))
+        fixed = old.fixed_changes(read)
+        after_stop = tuple(key for key in fixed if old.kept is not None and key in OF_MEMORY)
+        ignored = tuple(key for key in fixed if key not in after_stop)
+        return cls(tuple(sorted(changed)), ignored, after_stop)
+
+    def answer(self) -> dict[str, Any]:
+        """As the verb answers."""
+        return {name: list(keys) for name, keys in self._asdict().items()}
 
 
 def no_such_verb(verb: str, verbs: Iterable[str]) -> ArgumentError:
@@ -70,7 +80,7 @@ def no_such_verb(verb: str, verbs: Iterable[str]) -> ArgumentError:
 def log_answer(verb: str, answer: dict[str, Any]) -> None:
     """What was done at somebody's request, for the journal."""
     if verb == "reload":
-        log_reloaded(Reloaded(tuple(answer["changed"]), tuple(answer["ignored"])))
+        log_reloaded(Reloaded(**{name: tuple(answer[name]) for name in Reloaded._fields}))
     elif verb != "spaces":
         told = {key: value for key, value in answer.items() if key != "problems"}
         # Whoever may connect may make spaces and drop them again, as often as he likes.
@@ -83,6 +93,11 @@ def log_reloaded(done: Reloaded) -> None:
     _LOG.info("reload: changed %s", ", ".join(done.changed) or "nothing")
     if done.ignored:
         _LOG.warning("reload: needs a restart to take effect: %s", ", ".join(done.ignored))
+    if done.after_stop:
+        _LOG.warning(
+            "reload: needs a stop and a start, as a restart keeps the memory: %s",
+            ", ".join(done.after_stop),
+        )
 
 
 def _shown(value: object) -> str:
@@ -103,7 +118,9 @@ def with_set(old: Config, key: str, value: str) -> Config:
     """
     new = old.with_override(key, value)
     if not reloadable(key):
-        text = "cannot be changed while the daemon runs: change the file, and restart"
+        text = "cannot be changed while the daemon runs: change the file, and "
+        stop = old.kept is not None and key in OF_MEMORY
+        text += "stop and start the service" if stop else "restart"
         raise ConfigError(text, key=key)
     return new
 
@@ -166,6 +183,9 @@ class Surroundings(Protocol):
         Raises:
             ConfigError: it cannot be done; all is as it was.
         """
+
+    def was_read(self, read: Config | str) -> None:
+        """The file was read: what it says, or what is wrong with it."""
 
 
 class Steering:
@@ -283,9 +303,15 @@ class Steering:
 
         def change(old: Config) -> Config:
             read.append(load(self._source, self._overrides))
+            read[0].settings(self._host)  # what a restart would refuse is refused now
             return old.reloaded(read[0])
 
-        old, new = yield from self.configure(change, lambda _: {})
+        try:
+            old, new = yield from self.configure(change, lambda _: {})
+        except (ConfigError, ArgumentError) as error:
+            self._surroundings.was_read(str(error))
+            raise
+        self._surroundings.was_read(read[0])
         return Reloaded.between(old, new, read[0])
 
     def _set(self, arguments: Arguments) -> Task[dict[str, Any]]:
@@ -307,7 +333,7 @@ class Steering:
             done = yield from self.reload()
         except ConfigError as error:
             raise ArgumentError(f"nothing was changed: {error}") from None
-        return {"changed": list(done.changed), "ignored": list(done.ignored)}
+        return done.answer()
 
     # Devices
 

@@ -214,7 +214,7 @@ class Supervisor:
                 if not self._birth.revived:
                     raise
                 # It was out of use, and holds nothing: what the others hold is needed.
-                _LOG.error("%s; the daemon goes on without it", error)
+                self._front.lacks(entry.path, str(error))
                 continue
             size = human_size(opened["size_bytes"])
             _LOG.info("%s: %s, priority %d", opened["path"], size, opened["priority"])
@@ -483,6 +483,7 @@ class Supervisor:
             clients=sum(state.clients for state in states),
             shrinker_errors=sum(state.shrinker_errors for state in states),
             fitting=self._config.fitting(self._birth.host, self._own_bytes),
+            in_use=[*self._devices, *self._lost],
         )
         snapshot = self._merged(states)
         document = status.document(snapshot, facts, states[0].discards)
@@ -499,7 +500,12 @@ class Supervisor:
             states, _ = await self._states_of_others()
             snapshot = self._merged(states)
             clients = sum(state.clients for state in states)
-            self._tally = Tally(snapshot.slots.allocated, clients, snapshot.saved_bytes)
+            self._tally = Tally(
+                snapshot.slots.allocated,
+                clients,
+                snapshot.saved_bytes,
+                tuple(device.path for device in snapshot.devices),
+            )
         return self._tally
 
     # What operators do
@@ -543,11 +549,17 @@ class Supervisor:
     async def reload(self) -> Reloaded:
         """See front.Body."""
         async with self._changing:
-            read = await asyncio.to_thread(load, self._birth.source, self._birth.overrides)
             old = self._config
-            new = old.reloaded(read)
-            new.settings(self._birth.host)
-            await self._adopt(new, {})
+            try:
+                read = await asyncio.to_thread(load, self._birth.source, self._birth.overrides)
+                read.settings(self._birth.host)  # what a restart would refuse is refused now
+                new = old.reloaded(read)
+                new.settings(self._birth.host)
+                await self._adopt(new, {})
+            except (ConfigError, ArgumentError) as error:
+                self._front.was_read(str(error))
+                raise
+            self._front.was_read(read)
             return Reloaded.between(old, new, read)
 
     async def _set(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
@@ -569,7 +581,7 @@ class Supervisor:
             done = await self.reload()
         except ConfigError as error:
             raise ArgumentError(f"nothing was changed: {error}") from None
-        return {"changed": list(done.changed), "ignored": list(done.ignored)}
+        return done.answer()
 
     async def _swapon_verb(self, arguments: Arguments, _: dict[str, Any]) -> dict[str, Any]:
         return await self._swapon(device_of(arguments))

@@ -30,7 +30,11 @@ from support import trees
 BOOT_DEADLINE_S = 120.0
 COMMAND_DEADLINE_S = 300.0
 """No command inside takes longer than a minute, installing everything included."""
-PACKAGES = ("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv")
+PACKAGES = (
+    *("systemd", "systemd-sysv", "dbus", "make", "python3", "python3-venv"),
+    # Users have a service manager of their own with these.
+    *("libpam-systemd", "dbus-user-session"),
+)
 LOCK = Path("/run/lock/vswapd-system-tests")
 COMMANDS = ("systemd-nspawn", "nsenter", "setpriv")
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -110,9 +114,12 @@ def _checked(command: Sequence[str], script: str | None = None) -> subprocess.Co
 
 
 @contextlib.contextmanager
-def booted_container() -> Iterator[Container]:
-    """Boot a fresh copy of the tree of this machine's release until the block ends."""
-    original = trees.tree(trees.this_release(), PACKAGES)
+def booted_container(release: str | None = None) -> Iterator[Container]:
+    """Boot a fresh copy of the tree of a release, by default this machine's, until the block ends.
+
+    The next one can be booted when it has ended: in one process, too, two wait for each other.
+    """
+    original = trees.tree(release or trees.this_release(), PACKAGES)
     with (
         LOCK.open("w") as alone,
         tempfile.TemporaryDirectory(dir="/var/tmp", prefix="vswapd-machine-") as name,
@@ -132,7 +139,7 @@ def booted_container() -> Iterator[Container]:
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=console,
-                env={"PATH": PATH, "NOTIFY_SOCKET": str(notify_path)},
+                env={"PATH": PATH, "NOTIFY_SOCKET": str(notify_path), **_hierarchy(release)},
             )
             groups: list[Path] = []
             try:
@@ -142,6 +149,12 @@ def booted_container() -> Iterator[Container]:
             finally:
                 _end(process)
                 _remove_control_groups(groups)
+
+
+def _hierarchy(release: str | None) -> dict[str, str]:
+    """What nspawn is told of control groups: later releases boot with version 2 only."""
+    other = release not in {None, trees.this_release()}
+    return {"SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"} if other else {}
 
 
 def _nspawn(root: Path) -> list[str]:

@@ -359,6 +359,9 @@ class _Surroundings:
             settings=config.flat(),
         )
 
+    def was_read(self, read: Config | str) -> None:
+        pass
+
     def configure(self, config: Config) -> None:
         """Neither metrics nor a journal."""
 

@@ -151,10 +151,11 @@ def restarted(machine: Container) -> None:
 
 
 class Journal:
-    """What the journal says of the service from the moment on in which this is made."""
+    """What the journal says of a service from the moment on in which this is made."""
 
-    def __init__(self, machine: Container) -> None:
+    def __init__(self, machine: Container, unit: str = UNIT) -> None:
         self._machine = machine
+        self._unit = unit
         shown = machine.run("journalctl", "--lines=0", "--show-cursor").stdout
         self._cursor = shown.split("-- cursor: ")[1].strip()
 
@@ -182,4 +183,4 @@ class Journal:
         return [json.loads(line) for line in lines.splitlines()]
 
     def _selection(self) -> list[str]:
-        return [f"--after-cursor={self._cursor}", f"--unit={UNIT}"]
+        return [f"--after-cursor={self._cursor}", f"--unit={self._unit}"]

@@ -35,7 +35,7 @@ from support.sources import REPOSITORY
 _MOST_FDS = 16
 _EXEC = """
 import fcntl, os, sys
-fds = [int(fd) for fd in sys.argv[1].split(",")]
+fds = [int(fd) for fd in sys.argv[1].split(",") if fd]
 high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 1000) for fd in fds]
 for number, fd in enumerate(high, 3):
     os.dup2(fd, number)
@@ -68,6 +68,8 @@ class ServiceManager:
         self.socket_path = self.directory / "vswapd.sock"
         self.log_path = self.directory / "daemon.log"
         self.settings = list(settings)
+        self.arguments: list[str] = []
+        """More arguments for `serve`."""
         self.keeps = keeps
         self.clock_set_by = 0.0
         """Seconds by which the next daemon's wall clock differs from the machine's."""
@@ -75,6 +77,8 @@ class ServiceManager:
         """What the next daemon's process does before anything else, in Python."""
         self.sources = REPOSITORY
         """Where the next daemon's sources are: those of another version, perhaps."""
+        self.listens = True
+        """Whether the daemon is given the socket; else it is to make its own."""
         self.most = 512
         """How many descriptors are kept."""
         self.kept: dict[str, int] = {}
@@ -123,6 +127,21 @@ class ServiceManager:
         assert self.process is not None
         return self.process.pid
 
+    def give_up(self) -> None:
+        """Keep nothing any more, as of a service that has failed."""
+        for fd in self.kept.values():
+            os.close(fd)
+        self.kept.clear()
+
+    def somebody_waits(self) -> bool:
+        """Whether a client has connected that no daemon has taken yet."""
+        return bool(select.select([self._listener], [], [], 0)[0])
+
+    def await_status(self, text: str) -> None:
+        """Wait until what it tells of what it does has this text in it."""
+        with self._news:
+            assert self._news.wait_for(lambda: text in self.status, DEADLINE_S), self.status
+
     # What a service manager does
 
     def start(self) -> None:
@@ -148,13 +167,15 @@ class ServiceManager:
             self._hear_the_last()
         with self._news:
             self._ready, self.status = False, ""
-            names, fds = list(self.kept), [self._listener.fileno(), *self.kept.values()]
+            passed = {"vswapd.socket": self._listener.fileno()} if self.listens else {}
+            passed |= self.kept
+            names, fds = list(passed), list(passed.values())
         environment = {
             "NOTIFY_SOCKET": str(self.directory / "notify"),
             "XDG_RUNTIME_DIR": str(self.directory),
             "PYTHONPATH": os.pathsep.join(str(self.sources / root.name) for root in SOURCE_ROOTS),
             "LISTEN_FDS": str(len(fds)),
-            "LISTEN_FDNAMES": ":".join(["vswapd.socket", *names]),
+            "LISTEN_FDNAMES": ":".join(names),
         }
         if self.keeps:
             environment["FDSTORE"] = str(self.most)
@@ -164,7 +185,7 @@ class ServiceManager:
         if self.clock_set_by:
             first += _SET_CLOCK.format(by=self.clock_set_by)
         command += ["-c", first + _RUN, "serve"] if first else ["-m", "vswapd", "serve"]
-        command += [f"--set={setting}" for setting in self.settings]
+        command += [*self.arguments, *(f"--set={setting}" for setting in self.settings)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 command,

@@ -22,6 +22,8 @@ EXPECTED = (
     "bin/vswapctl",
     "lib/systemd/system/vswapd.service",
     "lib/systemd/system/vswapd.socket",
+    "lib/systemd/user/vswapd.service",
+    "lib/systemd/user/vswapd.socket",
     "lib/sysusers.d/vswapd.conf",
     "lib/tmpfiles.d/vswapd.conf",
     "share/man/man8/vswapd.8",
@@ -113,10 +115,12 @@ def test_commands_run_isolated_from_the_environment(staged: Path) -> None:
 
 
 def test_the_service_starts_the_installed_command(staged: Path) -> None:
-    """The unit names the command below PREFIX."""
-    unit = (staged / PREFIX.lstrip("/") / "lib/systemd/system/vswapd.service").read_text()
-    assert f"\nExecStart={PREFIX}/bin/vswapd serve " in unit
-    assert "/usr/local" not in unit
+    """The units name the commands below PREFIX."""
+    for kind in ("system", "user"):
+        unit = (staged / PREFIX.lstrip("/") / f"lib/systemd/{kind}/vswapd.service").read_text()
+        assert f"\nExecStart={PREFIX}/bin/vswapd serve" in unit
+        assert f"\nExecReload={PREFIX}/bin/vswapctl " in unit
+        assert "/usr/local" not in unit
 
 
 def test_no_installer_is_installed(staged: Path) -> None:

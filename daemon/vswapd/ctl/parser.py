@@ -165,7 +165,8 @@ def _add_settings(verbs: _Verbs) -> None:
         verbs,
         "reload",
         "have the daemon read its configuration again",
-        "The same as SIGHUP. Tells what has changed, and what would need a restart.",
+        "The same as SIGHUP. Tells what has changed, and what would need a restart, or a stop and "
+        "a start. A configuration with an error changes nothing, and the status says so.",
     )
     _add_json(reload_)
 

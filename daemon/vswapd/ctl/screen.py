@@ -85,7 +85,7 @@ def render(
     grid.add_column(ratio=1)
     for label, content in rows:
         grid.add_row(label, content)
-    return Group(_headline(status), "", grid)
+    return Group(*_trouble(status), _headline(status), "", grid)
 
 
 def safe(text: str) -> str:
@@ -99,6 +99,15 @@ def safe(text: str) -> str:
 def _count(number: int, what: str) -> str:
     """A number and a noun: `1 client`, `2 clients`."""
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _trouble(status: Document) -> list[RenderableType]:
+    """What somebody has to see to before anything else."""
+    error = status.get("config_error")
+    if error is None:
+        return []
+    remedy = "Correct it, and reload (vswapctl reload); devices want vswapctl swapon, or a restart."
+    return [Text(f"CONFIGURATION ERROR: {safe(error)}", BAD), Text(remedy, WARN), Text()]
 
 
 def _headline(status: Document) -> RenderableType:

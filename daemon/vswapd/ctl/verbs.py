@@ -156,9 +156,12 @@ def reload_(options: Options) -> int:
     if answer is None:
         return 0
     changed, ignored = answer["changed"], answer["ignored"]
+    after_stop = answer.get("after_stop")  # a daemon from before an upgrade has none
     print(f"changed: {', '.join(changed)}" if changed else "nothing has changed")
     if ignored:
         print(f"needs a restart: {', '.join(ignored)}")
+    if after_stop:
+        print(f"needs a stop and a start, as a restart keeps the memory: {', '.join(after_stop)}")
     return 0
 
 

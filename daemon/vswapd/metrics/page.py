@@ -12,6 +12,7 @@ This module must not know what is measured.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import selectors
 import socket
@@ -42,6 +43,28 @@ MAX_SCRAPES: Final = 8
 _log = logging.getLogger(__name__)
 
 
+def check(listen: str, *, or_in_use: bool = False) -> None:
+    """Whether the page could be served now.
+
+    Args:
+        listen: as for `start`.
+        or_in_use: whether it will do that somebody serves there: perhaps it is the daemon that is
+            to read this.
+
+    Raises:
+        ConfigError: as `start` does.
+    """
+    host, port = _parsed(listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if not (or_in_use and error.errno == errno.EADDRINUSE):
+                raise _not_there(listen, error) from None
+
+
 def start(listen: str, snapshot: Snapshot) -> MetricsServer:
     """Serve metrics over HTTP.
 
@@ -52,15 +75,24 @@ def start(listen: str, snapshot: Snapshot) -> MetricsServer:
     Raises:
         ConfigError: no address and port, not an address of this host, or the port is taken.
     """
+    host, port = _parsed(listen)
+    try:
+        return MetricsServer(host, port, snapshot)
+    except OSError as error:
+        raise _not_there(listen, error) from None
+
+
+def _parsed(listen: str) -> tuple[str, int]:
     parsed = parse_listen(listen)
     if parsed is None:
         text = f"{listen!r} is no address and port: write 127.0.0.1:9177"
         raise ConfigError(text, key="metrics.listen")
-    try:
-        return MetricsServer(*parsed, snapshot)
-    except OSError as error:
-        text = f"cannot listen at {listen}: {error.strerror}: write another address or port"
-        raise ConfigError(text, key="metrics.listen") from None
+    return parsed
+
+
+def _not_there(listen: str, error: OSError) -> ConfigError:
+    text = f"cannot listen at {listen}: {error.strerror}: write another address or port"
+    return ConfigError(text, key="metrics.listen")
 
 
 class MetricsServer:

@@ -41,6 +41,15 @@ def test_screen_is_the_golden_one(name: str) -> None:
     assert text == golden.read_text()
 
 
+def test_a_configuration_error_stands_above_all() -> None:
+    """In words, whatever the file's name has in it; without one, nothing does."""
+    lines = drawn(BUSY | {"config_error": "/etc/x\x1b[2J: pool.tires: no such key"}).splitlines()
+    assert lines[0] == "CONFIGURATION ERROR: /etc/x\\u{1b}[2J: pool.tires: no such key"
+    assert "reload" in lines[1]
+    assert "\n".join(lines[-len(drawn(BUSY).splitlines()) :]) + "\n" == drawn(BUSY)
+    assert drawn(BUSY | {"config_error": None}) == drawn(BUSY)
+
+
 @pytest.mark.parametrize("name", sorted(ALL))
 @pytest.mark.parametrize("width", [80, 100, 200])
 def test_screen_fits_its_width(name: str, width: int) -> None:

@@ -280,6 +280,11 @@ def test_reload_without_changes(daemon: Daemon, run: Run) -> None:
     """A reload that changed nothing says so."""
     daemon.answers["reload"] = {"changed": [], "ignored": []}
     assert run("reload")[1] == "nothing has changed\n"
+    daemon.answers["reload"] = {"changed": [], "ignored": [], "after_stop": ["server.shards"]}
+    assert run("reload")[1] == (
+        "nothing has changed\n"
+        "needs a stop and a start, as a restart keeps the memory: server.shards\n"
+    )
 
 
 def test_verify_problems_are_exit_1(daemon: Daemon, run: Run) -> None:

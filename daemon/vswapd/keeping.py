@@ -326,7 +326,7 @@ class Keeping:
         try:
             label = find_label(_NOTES, _NOTES_VERSION, self._found[_NOTES])
         except ForeignMemoryError as error:
-            raise KeepingError(f"what an earlier daemon has left: {error}") from None
+            raise RefusedError(f"what an earlier daemon has left: {error}") from None
         self._notes = _text_in(adopt_region(label, self._found.pop(_NOTES)))
         return self._notes.text()
 

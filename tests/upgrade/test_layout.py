@@ -22,7 +22,17 @@ import pytest
 
 from support.sources import REPOSITORY
 from support.versions import MAKERS, PREVIOUS, git
-from vswapd import answers, clusters, control, groups, keeping, ledger, memory, swap_table
+from vswapd import (
+    answers,
+    clusters,
+    control,
+    groups,
+    keeping,
+    kept_text,
+    ledger,
+    memory,
+    swap_table,
+)
 from vswapd.memory import Head, Shape
 from vswapd.upgrades import LIFE_VERSION, LIVES, STEPS
 from vswapd_backends import kept, label, segment, shared_extents, swapdev, zswap
@@ -36,6 +46,7 @@ WHOLE = (
     control,
     keeping,
     kept,
+    kept_text,
     label,
     ledger,
     memory,

@@ -76,7 +76,7 @@ def fork_shards(births: Sequence[Birth], unwanted: Collection[int]) -> list[Chil
             here, there = socket.socketpair()
             with there, contextlib.ExitStack() as half:
                 half.callback(here.close)
-                pid = os.fork()
+                pid = _fork()
                 if pid == 0:
                     here.close()
                     for child in children:
@@ -112,10 +112,7 @@ def fork_again(birth: Birth) -> tuple[int, int, socket.socket]:
     gc.collect()
     with there, contextlib.ExitStack() as undo:
         undo.callback(here.close)
-        with warnings.catch_warnings():
-            # Threads that wait for work are left behind, with nothing that they hold.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+        pid = _fork()
         if pid == 0:
             # Nothing of the parent's may be finalized here: its descriptors' numbers are others by
             # now.
@@ -127,6 +124,13 @@ def fork_again(birth: Birth) -> tuple[int, int, socket.socket]:
         pidfd = os.pidfd_open(pid)
         undo.pop_all()
     return pid, pidfd, here
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Threads that wait, for work or for this one, are left behind with nothing that they hold.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
 
 
 def _end(pid: int) -> None:

@@ -331,8 +331,10 @@ def serve(source: Path | None, overrides: tuple[str, ...]) -> None:
         OSError, MemoryError, RuntimeError: the system refuses what it cannot do without.
     """
     be_undumpable()
-    if (why := stacks.make_room()) is not None:
-        raise ServiceError(why)
+    stacks.call_with_room(lambda: _serve(source, overrides))
+
+
+def _serve(source: Path | None, overrides: tuple[str, ...]) -> None:
     host = Host.here()
     try:
         manager = ServiceManager()
@@ -341,7 +343,7 @@ def serve(source: Path | None, overrides: tuple[str, ...]) -> None:
     keeping = Keeping(manager, held_signals.asked_to_end)
     with contextlib.suppress(GivenUpError):
         try:
-            _serve(source, overrides, host, manager, keeping)
+            _go_on(source, overrides, host, manager, keeping)
         except KeepingError as error:
             failed: Exception = _cannot_go_on(error, manager)
         except (RecoveryError, OutOfServiceError, NothingToFallBackOnError) as error:
@@ -360,7 +362,7 @@ def serve(source: Path | None, overrides: tuple[str, ...]) -> None:
         raise failed
 
 
-def _serve(
+def _go_on(
     source: Path | None,
     overrides: tuple[str, ...],
     host: Host,

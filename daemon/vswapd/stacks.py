@@ -3,7 +3,8 @@
 A codec takes 256 KiB of stack for a page, and reading JSON that a client has nested as deep as
 Python lets it takes more than 1 MiB (Python 3.13). A stack that is too small ends the process, and
 with it a shard, at a client's request. The first thread's grows as far as RLIMIT_STACK says when it
-grows; those of other threads are made as large as they will ever be, which takes address space.
+grows; those of other threads are made as large as they will ever be, which takes address space. So
+where the limit cannot be raised, what would run on the first thread's has another one of its own.
 
 This module must not know what runs on them.
 """
@@ -13,21 +14,31 @@ from __future__ import annotations
 import contextlib
 import resource
 import threading
-from typing import Final
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
 
-from vswapd.sizes import format_size
+T = TypeVar("T")
 
 _WANTED: Final = 8 << 20
 """What Linux gives by default."""
 _LEAST: Final = 2 << 20
 
 
-def make_room() -> str | None:
-    """Give the first thread, and all that come after this call, enough; forks inherit it.
+def call_with_room(work: Callable[[], T]) -> T:
+    """Call what a process does, with enough stack for it and for all threads that it starts.
 
-    Returns:
-        None, or what to do where enough cannot be had.
+    Processes that are forked in it have the same.
     """
+    threading.stack_size(_WANTED)
+    if _first_has_room():
+        return work()
+    with ThreadPoolExecutor(1, "first") as executor:
+        return executor.submit(work).result()
+
+
+def _first_has_room() -> bool:
+    """Whether the first thread's stack may grow far enough, by now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     if _below(soft, _WANTED):
         # Root may pass the hard limit, others may get as far as that.
@@ -36,14 +47,7 @@ def make_room() -> str | None:
                 resource.setrlimit(resource.RLIMIT_STACK, limits)
                 break
         soft, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    if _below(soft, _LEAST):
-        return (
-            f"the stack may grow to {format_size(soft)} only (RLIMIT_STACK), where codecs and "
-            f"requests need {format_size(_LEAST)}: raise it (ulimit -s {_WANTED >> 10}; "
-            "LimitSTACK=8M in a unit)"
-        )
-    threading.stack_size(_WANTED)
-    return None
+    return not _below(soft, _LEAST)
 
 
 def _below(limit: int, amount: int) -> bool:

@@ -5,7 +5,6 @@ This module must not know the verbs: they are the daemon's.
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any, Self
 
 from vswap.errors import VswapError
@@ -64,8 +63,7 @@ class Control:
             BadArgument: unknown verb, or arguments that make no sense.
             OutOfService: the daemon could not do it.
         """
-        text = json.dumps({"verb": verb, **arguments}).encode()
-        call = Ask(Op.CONTROL, text)
+        call = Ask(Op.CONTROL, {"verb": verb, **arguments})
         self._verb = verb
         try:
             self._connection.run(call)

@@ -112,7 +112,7 @@ def hello(
         name: Of the space, if it is to outlive this client.
 
     Raises:
-        BadArgument: `window_bytes` is no number of bytes.
+        BadArgument: `window_bytes` is no number of bytes, or something else no text or too long.
     """
     whole = isinstance(window_bytes, numbers.Integral) and not isinstance(window_bytes, bool)
     if not whole or window_bytes < 0:
@@ -128,7 +128,7 @@ def hello(
         said["name"] = name
     if resume:
         said["resume"] = True
-    return Ask(Op.HELLO, json.dumps(said).encode(), Flag.CONTROL if control else 0)
+    return Ask(Op.HELLO, said, Flag.CONTROL if control else 0)
 
 
 def parse_document(text: bytes, what: str) -> dict[str, Any]:

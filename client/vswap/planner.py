@@ -19,14 +19,16 @@ This module must not know sockets, event loops, request ids, or the order of cal
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from vswap.errors import (
     NO_SLOTS,
     U64,
+    BadArgument,
     BadBuffer,
     DeadlyRequest,
     DuplicateSlot,
@@ -37,7 +39,7 @@ from vswap.errors import (
 from vswap.pages import I64, LEAST_ROW, Pages, View, cut_row
 from vswap.protocol import (
     HEADER_BYTES,
-    MAX_TEXT_BYTES,
+    MAX_ASKED_BYTES,
     PAGE_BYTES,
     SHARD_SHIFT,
     SLOT_BYTES,
@@ -475,18 +477,22 @@ class Store(Call):
 class Ask(Call):
     """A request without pages (HELLO, PING, STATUS, CONTROL): one frame, one text back."""
 
-    def __init__(self, op: Op, text: bytes = b"", flags: int = 0) -> None:
+    def __init__(self, op: Op, said: dict[str, Any] | None = None, flags: int = 0) -> None:
+        """Of an object that can be written as JSON, or of nothing.
+
+        Raises:
+            BadArgument: it cannot, or is longer than a request may be.
+        """
         super().__init__(1, 1)
         self.op = op
-        self._text = text
+        self._body = b"" if said is None else _written(said)
         self._flags = flags
         self._answer = b""
 
     def frame(self, where: slice | I64, count: int, shard: int) -> Frame:
         """The text; count is 0, since there are no pages."""
         del where, count, shard
-        assert len(self._text) <= MAX_TEXT_BYTES
-        body = [memoryview(self._text)] if self._text else []
+        body = [memoryview(self._body)] if self._body else []
         targets: list[View] | None = [] if self.op is Op.PING else None
         return Frame(self.op, body, targets, flags=self._flags)
 
@@ -502,11 +508,22 @@ class Ask(Call):
         return self._answer
 
 
+def _written(said: dict[str, Any]) -> bytes:
+    try:
+        text = json.dumps(said).encode()
+    except (TypeError, ValueError) as error:
+        raise BadArgument(f"only text, numbers, true and false can be asked for: {error}") from None
+    if len(text) > MAX_ASKED_BYTES:
+        raise BadArgument(f"{len(text)} bytes of text, where a request has {MAX_ASKED_BYTES}")
+    return text
+
+
 class Listing(Ask):
     """LIST: the slots that a space has on one shard, after one."""
 
     def __init__(self, shard: int, after: int, most: int) -> None:
-        super().__init__(Op.LIST, after.to_bytes(SLOT_BYTES, "little"))
+        super().__init__(Op.LIST)
+        self._body = after.to_bytes(SLOT_BYTES, "little")
         self._at = shard
         self._most = most
 

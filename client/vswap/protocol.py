@@ -33,7 +33,9 @@ HEADER_BYTES: Final = HEADER.size  # 24: a multiple of 8, so the slots that foll
 MAX_BATCH: Final = 4096
 """Most pages in one request: 16 MiB, the largest folio."""
 MAX_TEXT_BYTES: Final = 1 << 20
-"""Longest JSON body (HELLO, STATUS, CONTROL) and longest error text."""
+"""Longest JSON body of a reply (HELLO, STATUS, CONTROL) and longest error text."""
+MAX_ASKED_BYTES: Final = 64 * 1024
+"""Longest JSON body of a request (HELLO, CONTROL): reading it takes 1 ms at most."""
 MAX_FRAME_BYTES: Final = HEADER_BYTES + MAX_BATCH * (SLOT_BYTES + PAGE_BYTES)
 
 

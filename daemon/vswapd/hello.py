@@ -25,8 +25,6 @@ from vswap.protocol import PAGE_BYTES
 from vswapd.control import MOST_NAME
 from vswapd.errors import ArgumentError
 
-MOST_TEXT: Final = 64 * 1024
-"""Bytes of a greeting, or of a request to steer: reading them takes 1 ms at most."""
 _MOST_LABEL: Final = 1024
 """Bytes of what a client calls itself."""
 _SHOWN_LABEL: Final = 64

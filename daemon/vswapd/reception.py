@@ -18,10 +18,10 @@ import socket
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
-from vswap.protocol import HEADER, HEADER_BYTES, VERSION, Op
+from vswap.protocol import HEADER, HEADER_BYTES, MAX_ASKED_BYTES, VERSION, Op
 from vswapd.config_schema import Server
 from vswapd.forking import Child
-from vswapd.hello import MOST_TEXT, destination, is_token
+from vswapd.hello import destination, is_token
 from vswapd.messages import Serve
 from vswapd.peer import Peer
 from vswapd.places import Places
@@ -33,7 +33,7 @@ _MORE_S: Final = 0.01
 """Between two looks at a HELLO that has come in part."""
 _SIGN_S: Final = 0.5
 """A shard that has given no sign of life for so long gets no connections that others could have."""
-_MOST_HELLO: Final = HEADER_BYTES + MOST_TEXT
+_MOST_HELLO: Final = HEADER_BYTES + MAX_ASKED_BYTES
 
 
 class Reception:

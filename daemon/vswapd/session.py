@@ -25,6 +25,7 @@ import numpy as np
 
 from vswap.protocol import (
     LISTS_SLOTS,
+    MAX_ASKED_BYTES,
     OFFSET_BYTES,
     PAGE_BYTES,
     SLOT_BYTES,
@@ -46,7 +47,6 @@ from vswapd.driver import Task
 from vswapd.errors import ArgumentError, EngineError, NotAllowedError, OutOfServiceError
 from vswapd.groups import Holder, Space
 from vswapd.hello import (
-    MOST_TEXT,
     Hello,
     destination,
     new_token,
@@ -187,8 +187,9 @@ class Session:
                 f"a body of {header.body_bytes} bytes where count {header.count} means {expected}"
             )
             return failure(header, Status.BAD_LENGTH, text)
-        if expected is None and header.body_bytes > MOST_TEXT:
-            text = f"a body of {header.body_bytes} bytes: {rule.op.name} takes {MOST_TEXT} at most"
+        if expected is None and header.body_bytes > MAX_ASKED_BYTES:
+            most = f"{rule.op.name} takes {MAX_ASKED_BYTES} at most"
+            text = f"a body of {header.body_bytes} bytes: {most}"
             return failure(header, Status.BAD_LENGTH, text)
         return None
 

@@ -273,7 +273,7 @@ def test_a_released_call_holds_no_buffer() -> None:
 
 def test_an_ask_is_one_frame_of_text_without_pages() -> None:
     """HELLO, STATUS and CONTROL have count 0, their text, and get text."""
-    call = Ask(Op.HELLO, b"{}", Flag.CONTROL)
+    call = Ask(Op.HELLO, {}, Flag.CONTROL)
     (frame,) = send_all(call)
     assert (frame.count, frame.flags, bytes(frame.body[0])) == (0, 1, b"{}")
     call.in_flight -= 1

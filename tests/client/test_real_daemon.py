@@ -7,6 +7,7 @@ import ctypes
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -263,3 +264,16 @@ def test_a_daemon_that_stops_lets_go() -> None:
         with pytest.raises(vswap.ConnectionLost):
             load_for_ever()
         daemon.await_exit(expected=0)
+
+
+@pytest.mark.parametrize("value", ["x" * 70_000, "x" * (2 << 20), b"bytes", object()])
+def test_what_cannot_be_asked_for_is_told_before_it_is_sent(
+    daemon: RunningDaemon, value: Any
+) -> None:
+    """Text that is too long, and what is none: BadArgument, and the connection goes on."""
+    with pytest.raises(vswap.BadArgument, match=r"text"):
+        vswap.connect(daemon.socket_path, name=value)
+    with Control(daemon.socket_path) as control:
+        with pytest.raises(vswap.BadArgument, match=r"text"):
+            control.call("set", key="log.level", value=value)
+        assert control.status()["slots"]["allocated"] == 0

@@ -264,13 +264,16 @@ class Front:
     async def _tell_status(self) -> None:
         told = ""
         while True:
+            self._news.clear()
             line = await self._headline()
             if line != told:
                 told = line
                 self._manager.tell(STATUS=line)
-            self._news.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), _STATUS_S)
+                # Not wait_for: until Python 3.12 it loses a cancellation that comes with the news,
+                # and the daemon would not end.
+                async with asyncio.timeout(_STATUS_S):
+                    await self._news.wait()
 
     async def _headline(self) -> str:
         tally = await self.body.tally()

@@ -18,8 +18,9 @@ from support.daemon import RunningDaemon, daemon_environment, running_daemon
 from support.wire import STATUS, STORE, Wire, noise
 from vswap.control import Control
 
-KEY = f"groups.{'0' * 4000}1.pool_max"
-"""Lines with this are long, so that few of them are as much as is kept."""
+KEY = "metrics.textfile"
+"""What is set: a path may be long, and so few lines are as much as is kept."""
+LONG = "./" * 1900
 DROPPED = re.compile(r" (\d+) lines of the log were dropped here")
 
 
@@ -42,7 +43,7 @@ def unread_log(folder: Path, shards: int) -> Iterator[tuple[RunningDaemon, int]]
 def sets(daemon: RunningDaemon, values: range) -> None:
     with Control(daemon.socket_path) as control:
         for value in values:
-            control.call("set", key=KEY, value=f"{value}K")
+            control.call("set", key=KEY, value=f"{daemon.directory}/{LONG}{value}.prom")
 
 
 def read_until(reader: int, text: str) -> str:
@@ -66,10 +67,10 @@ def test_a_pipe_that_nobody_reads(tmp_path: Path, shards: int) -> None:
             assert wire.ask(STATUS).status == 0
         said = read_until(reader, "were dropped here")
         sets(daemon, range(101, 102))
-        said += read_until(reader, "new 101K")
+        said += read_until(reader, f"new {daemon.directory}/{LONG}101.prom")
         lines = [line for line in said.splitlines() if KEY in line or DROPPED.search(line)]
         told = [int(found[1]) for line in lines if (found := DROPPED.search(line))]
-        seen = [int(line.rpartition("new ")[2].removesuffix("K")) for line in lines if KEY in line]
+        seen = [int(line.rpartition("/")[2].removesuffix(".prom")) for line in lines if KEY in line]
         assert len(told) == 1
         assert len(seen) + sum(told) == 101
         # The line stands where the others would have stood.

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 _U64: Final = np.dtype(np.uint64)
 _WHOLE: Final = (int, np.integer)
+_NO_COUNT: Final = (bool, np.timedelta64)
+"""Their classes are derived from those of whole numbers all the same."""
 _NUMPY: Final = (np.ndarray, np.generic)
 _CTYPES: Final[type] = ctypes.Structure.__mro__[-2]
 """The base of all instances of ctypes; it has no public name."""
@@ -84,8 +86,7 @@ def _nameless_view(buffer: Buffer, error: Exception) -> View:
     """
     if not isinstance(buffer, _NUMPY):
         raise BadBuffer(f"{type(buffer).__name__} gives no bytes: {error}") from None
-    if buffer.dtype.hasobject:
-        _refuse_objects()
+    check_whole(buffer)  # the view below is of plain bytes, and knows of no mask
     anything = np.dtype((np.void, buffer.dtype.itemsize))
     view = np.asarray(buffer).view(anything).data
     return view if isinstance(buffer, np.ndarray) else view.toreadonly()
@@ -231,7 +232,7 @@ def _array_of(slots: object) -> npt.NDArray[Any]:
 
 def _row_of(slots: Sequence[Any]) -> npt.NDArray[np.uint64]:
     kinds = set(map(type, slots))
-    wrong = [kind for kind in kinds if kind is bool or not issubclass(kind, _WHOLE)]
+    wrong = [kind for kind in kinds if not issubclass(kind, _WHOLE) or issubclass(kind, _NO_COUNT)]
     if wrong:
         _refuse_slots("of " + ", ".join(sorted(kind.__name__ for kind in wrong)))
     try:

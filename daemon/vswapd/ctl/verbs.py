@@ -18,8 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from stat import S_IWGRP, S_IWOTH
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import shtab
 from rich.console import Console, RenderableType
@@ -93,14 +94,33 @@ def _write(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
+        _write_to_device(path, text)
         return
     if path.is_symlink():
         # Whoever has put it there may want us to write what it leads to.
-        raise OSError(errno.ELOOP, "is a link: name the file itself", str(path))
+        _refuse_link(path)
     before = os.umask(0)
     os.umask(before)
     WholeFile.write(path, text.encode(), mode=0o666 & ~before).close()
+
+
+def _write_to_device(path: Path, text: str) -> None:
+    """Write to a pipe, a terminal or the like. Links to it are those of the system (/dev/stdout).
+
+    Raises:
+        OSError: it cannot be written, or is a link where others can put one: to a disk, perhaps.
+    """
+    folder = path.parent.stat()
+    others = folder.st_uid not in {0, os.geteuid()} or folder.st_mode & (S_IWGRP | S_IWOTH)
+    if others and path.is_symlink():
+        _refuse_link(path)
+    flags = os.O_WRONLY | os.O_NOCTTY | os.O_CLOEXEC | (os.O_NOFOLLOW if others else 0)
+    with open(os.open(path, flags), "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _refuse_link(path: Path) -> NoReturn:
+    raise OSError(errno.ELOOP, "is a link: name the file itself", str(path))
 
 
 def _watch(control: Control, options: Options) -> None:

@@ -394,6 +394,24 @@ def test_picture_is_not_written_through_a_link(daemon: Daemon, run: Run, tmp_pat
         assert b"<svg" in pipe.read()
 
 
+def test_picture_is_not_written_to_what_others_link_to(
+    daemon: Daemon, run: Run, tmp_path: Path
+) -> None:
+    """In a folder of everybody's a link to a device is refused, and nothing is written to that."""
+    folder = tmp_path / "everybodys"
+    folder.mkdir()
+    folder.chmod(0o777)
+    reader, writer = os.openpty()  # a device as a disk is one, and it shows what it was given
+    (folder / "x.svg").symlink_to(os.ttyname(writer))
+    code, _, err = run("status", "--svg", str(folder / "x.svg"))
+    os.set_blocking(reader, False)
+    with pytest.raises(BlockingIOError):
+        os.read(reader, 1)
+    os.close(reader)
+    os.close(writer)
+    assert (code, err) == (1, f"vswapctl: {folder}/x.svg: is a link: name the file itself\n")
+
+
 def test_reader_that_has_seen_enough_is_no_error(
     daemon: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -199,7 +199,9 @@ def _tier(tier: Document) -> str:
 def _bar_row(parts: Iterable[Part], *facts: str) -> RenderableType:
     """A bar and what it means, on one line."""
     row = Table.grid(padding=(0, 2, 0, 0))
-    row.add_column(width=BAR_COLUMNS)
+    row.add_column(max_width=BAR_COLUMNS)
+    for _ in facts:
+        row.add_column(no_wrap=True)  # on a narrow terminal the bar gives way, not the numbers
     row.add_row(Bar(tuple(parts)), *(Text(fact) for fact in facts))
     return row
 

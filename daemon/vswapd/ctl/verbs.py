@@ -278,6 +278,10 @@ def spaces(options: Options) -> int:
         "zero",
         "connected",
     )
+    # Texts give way, in as many lines as they take: all numbers are shown, however long one user's
+    # names are, and whoever is to drop a space can read its whole name.
+    for column in table.columns[:2]:
+        column.justify, column.no_wrap, column.overflow = "left", False, "fold"
     for space in sorted(answer["spaces"], key=lambda space: -space["original_bytes"]):
         table.add_row(
             Text("no client" if space["client"] is None else safe(space["client"]) or "unnamed"),

@@ -57,6 +57,13 @@ def test_screen_fits_its_width(name: str, width: int) -> None:
     assert max(map(len, drawn(ALL[name], width=width).splitlines())) <= width
 
 
+def test_bars_give_way_to_numbers() -> None:
+    """On a narrow terminal the bars are shorter, and what they mean is still there."""
+    text = drawn(BUSY, width=45)
+    for number in ("190 MiB of 256 MiB  74%  lz4", "164,240 allocated", "70.0 MiB of 4.00 GiB  2%"):
+        assert number in text
+
+
 def test_busy_screen_fits_a_small_terminal() -> None:
     """With one device and two clients the whole screen fits 24 lines."""
     assert len(drawn(BUSY).splitlines()) <= 24

@@ -325,6 +325,17 @@ def test_spaces_are_a_table(daemon: Daemon, run: Run) -> None:
     assert run("spaces")[1] == "none\n"
 
 
+@pytest.mark.parametrize("name", ["a name " * 36, "x" * 255, "\u540d" * 85])
+def test_long_names_of_spaces_hide_no_numbers(daemon: Daemon, run: Run, name: str) -> None:
+    """However long a space's name is, all of it is shown, and all numbers of all spaces."""
+    large, small = ANSWERS["spaces"]["spaces"][1], ANSWERS["spaces"]["spaces"][0]
+    daemon.answers["spaces"] = ANSWERS["spaces"] | {"spaces": [small | {"name": name}, large]}
+    out = run("spaces")[1]
+    for number in ("20,000", "78.1 MiB", "1.00 MiB", "1 min 1 s", "4294967294"):
+        assert number in out
+    assert sum(map(out.count, set(name))) >= len(name)
+
+
 def test_a_named_space_is_dropped(daemon: Daemon, run: Run) -> None:
     """By its name, and by whose it is where that is said."""
     daemon.answers["drop"] = {"name": "cache", "uid": 7, "freed_slots": 12345}

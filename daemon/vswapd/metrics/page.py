@@ -205,20 +205,34 @@ def _page(snapshot: Snapshot) -> WSGIApplication:
             allow = ("Allow", ", ".join(METHODS))
             return _text(start_response, "405 Method Not Allowed", "it can be read only", allow)
         try:
-            found: Iterable[bytes] = metrics({**environ, "REQUEST_METHOD": "GET"}, start_response)
+            return _measured(metrics, {**environ, "REQUEST_METHOD": "GET"}, start_response)
         except OutOfServiceError as error:
             return _text(start_response, "503 Service Unavailable", f"no numbers: {error}")
         except Exception:  # noqa: BLE001 - a border: one scrape fails, and it is logged
             _log.exception("metrics: no numbers")
             status = "500 Internal Server Error"
-            found = _text(start_response, status, "no numbers: the journal has the cause")
-        return found
+            return _text(start_response, status, "no numbers: the journal has the cause")
 
     def page(environ: dict[str, Any], start_response: StartResponse) -> Iterable[bytes]:
         body = answer(environ, start_response)
         return [] if environ["REQUEST_METHOD"] == "HEAD" else body
 
     return page
+
+
+def _measured(
+    metrics: WSGIApplication, environ: dict[str, Any], start_response: StartResponse
+) -> Iterable[bytes]:
+    """The page, with its length: a HEAD, whose page is not sent, has to tell it all the same."""
+    said: list[tuple[str, list[tuple[str, str]]]] = []
+
+    def keep(status: str, headers: list[tuple[str, str]], *_: object) -> Any:
+        said.append((status, headers))
+
+    body = b"".join(metrics(environ, keep))
+    [(status, headers)] = said
+    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    return [body]
 
 
 def _text(

@@ -70,7 +70,7 @@ def test_what_is_allowed_is_said(server: MetricsServer, method: str) -> None:
 
 @pytest.mark.parametrize("path", ["/metrics", "/", "/metrics?name=value"])
 def test_head_is_get_without_the_page(server: MetricsServer, path: str) -> None:
-    """HEAD answers with the status and the kind of a GET, and with nothing behind them."""
+    """HEAD answers with the status, kind and length of a GET, and with nothing behind them."""
     status, kind, text = get(server.address, path=path)
     assert (status, bool(text)) == (200, True)
     assert get(server.address, "HEAD", path) == (200, kind, "")
@@ -78,6 +78,7 @@ def test_head_is_get_without_the_page(server: MetricsServer, path: str) -> None:
         client.sendall(f"HEAD {path} HTTP/1.0\r\n\r\n".encode())
         said = b"".join(iter(lambda: client.recv(65536), b""))
     assert said.endswith(b"\r\n\r\n")
+    assert f"\r\nContent-Length: {len(text)}\r\n".encode() in said
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST"])

@@ -43,7 +43,7 @@ $(DEMO)/stamp: pyproject.toml
 	rm -rf $(DEMO)
 	$(PYTHON) -m venv $(DEMO)
 	$(DEMO)/bin/python $(PIP_INSTALL) --editable .
-	$(DEMO)/bin/python -m pip --quiet uninstall --yes setuptools pip
+	$(DEMO)/bin/python -m pip --quiet --quiet uninstall --yes setuptools pip
 	touch $@
 
 .PHONY: demo

@@ -178,6 +178,8 @@ class Supervisor:
         self._reception: Final = Reception(children, self._config.server, self._later)
         self._arbiter: Final = Arbiter(children, self._ask, self._later)
         self._tally = Tally(0, 0, 0)
+        self._known_silent: set[int] = set()
+        """The shards that the journal says give no sign of life."""
         self._own_bytes = 0
         """What all processes take by themselves."""
         self._stopping = False
@@ -471,9 +473,18 @@ class Supervisor:
                 raise answer
             else:
                 states.append(answer)
+        self._log_silence(set(silent))
         if not states:
             raise why
         return states, silent
+
+    def _log_silence(self, silent: set[int]) -> None:
+        """Say once of each shard that it gives no sign of life, and once that it does again."""
+        for index in sorted(silent - self._known_silent):
+            _LOG.error("%s: what it holds cannot be had", _silent(self._children[index]))
+        for index in sorted(self._known_silent - silent):
+            _LOG.info("shard %d gives signs of life again", index)
+        self._known_silent = silent
 
     async def document(self) -> dict[str, Any]:
         """See front.Body."""

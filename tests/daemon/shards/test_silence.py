@@ -95,6 +95,8 @@ def test_nobody_waits_for_a_shard_that_is_stopped(
                     assert (
                         page.read() == f"no numbers: no sign of life from shard {which}\n".encode()
                     )
+                silent = f"ERROR shard {which} (pid {pid}) gives no sign of life: what it holds"
+                assert daemon.log.count(silent) == 1
                 # Somebody new is served by the other one.
                 with vswap.connect(daemon.socket_path, timeout=60) as other:
                     assert other.peer.shard != which
@@ -106,6 +108,7 @@ def test_nobody_waits_for_a_shard_that_is_stopped(
             assert not (tmp_path / "swap").exists()
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
                 assert b"vswap_store_pages_total 600.0" in page.read()
+            assert f"INFO shard {which} gives signs of life again" in daemon.log
 
 
 def test_a_reload_that_a_stopped_shard_keeps_from_ending_is_taken_back() -> None:

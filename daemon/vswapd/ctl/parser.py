@@ -153,8 +153,9 @@ def _add_settings(verbs: _Verbs) -> None:
         "change settings of the running daemon",
         "The keys are those of the configuration, with the table before the dot: "
         "`vswapctl set pool.max=1G shrinker.rate=50M/s`. They are changed one after the other, up "
-        "to the first that is refused, and hold until the daemon reloads its configuration or ends; "
-        "under systemd, a restart is no end. Without an argument, all settings in force are listed.",
+        "to the first that is refused, and hold until the daemon reloads its configuration or ends "
+        "(under systemd, a restart is no end). Without an argument, all settings in force are "
+        "listed.",
     )
     _add_json(set_)
     pairs = set_.add_argument(
@@ -177,8 +178,8 @@ def _add_devices(verbs: _Verbs) -> None:
         "swapon",
         "put a swap device into use",
         "PATH is a block device, or a file, which is made if it is not there. What lies on it is "
-        "overwritten. Nothing on it can be read after the daemon's end; under systemd, a restart is "
-        "no end.",
+        "overwritten. Nothing on it can be read after the daemon's end (under systemd, a restart "
+        "is no end).",
     )
     _add_json(swapon)
     _with_file(swapon.add_argument("path", metavar="PATH", help="file or block device"))

@@ -13,13 +13,21 @@ import os
 import resource
 from typing import Final
 
-_LIMITS: Final = {
-    errno.EMFILE: ("RLIMIT_NOFILE", resource.RLIMIT_NOFILE, "LimitNOFILE="),
-    errno.EFBIG: ("RLIMIT_FSIZE", resource.RLIMIT_FSIZE, "LimitFSIZE="),
-    errno.ENOMEM: ("RLIMIT_AS", resource.RLIMIT_AS, "LimitAS="),
-    errno.EAGAIN: ("RLIMIT_NPROC", resource.RLIMIT_NPROC, "LimitNPROC="),
+_Limit = tuple[str, int, str]
+_OF_MEMORY: Final[tuple[_Limit, ...]] = (
+    ("RLIMIT_AS", resource.RLIMIT_AS, "LimitAS="),
+    ("RLIMIT_DATA", resource.RLIMIT_DATA, "LimitDATA="),
+)
+_LIMITS: Final[dict[int, tuple[_Limit, ...]]] = {
+    errno.EMFILE: (("RLIMIT_NOFILE", resource.RLIMIT_NOFILE, "LimitNOFILE="),),
+    errno.EFBIG: (("RLIMIT_FSIZE", resource.RLIMIT_FSIZE, "LimitFSIZE="),),
+    errno.ENOMEM: _OF_MEMORY,
+    # A thread needs a stack, and is refused in the same way where there is no memory for it. Few
+    # processes have a limit of memory, but all have one of processes.
+    errno.EAGAIN: (*_OF_MEMORY, ("RLIMIT_NPROC", resource.RLIMIT_NPROC, "LimitNPROC=")),
 }
-"""What may stand behind an error of the system: getrlimit(2), and the unit's word for it."""
+"""What may stand behind an error of the system, the likelier first: getrlimit(2), and the unit's
+word for it."""
 _NO_THREAD: Final = "can't start new thread"
 
 
@@ -49,13 +57,11 @@ def explained(error: BaseException) -> str:
 
 def _hint(number: int) -> str:
     """The limit that an error may come from, if this process has one."""
-    if number not in _LIMITS:
-        return ""
-    name, limit, directive = _LIMITS[number]
-    soft, _ = resource.getrlimit(limit)
-    if soft == resource.RLIM_INFINITY:
-        return ""
-    return f"{name} is {soft}: raise it ({directive} in a unit)"
+    for name, limit, directive in _LIMITS.get(number, ()):
+        soft, _ = resource.getrlimit(limit)
+        if soft != resource.RLIM_INFINITY:
+            return f"{name} is {soft}: raise it ({directive} in a unit)"
+    return ""
 
 
 def _innermost(error: BaseException) -> str:

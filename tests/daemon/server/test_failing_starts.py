@@ -42,6 +42,15 @@ def limit(name: str, value: int) -> str:
     return f"import resource; resource.setrlimit(resource.{name}, ({value}, {value}))"
 
 
+LITTLE_DATA = """
+import numpy, resource
+[used] = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmData:")]
+few = int(used) * 1024 + (1 << 20)
+resource.setrlimit(resource.RLIMIT_DATA, (few, few))
+"""
+"""Too little for what is to be imported, or reserved, behind numpy."""
+
+
 def passed(fds: str, *, pid: str = "str(os.getpid())") -> str:
     return f"os.environ['LISTEN_FDS'] = {fds!r}; os.environ['LISTEN_PID'] = {pid}"
 
@@ -94,6 +103,7 @@ CASES: dict[str, Case] = {
     "hardly any address space": Case(
         code=OSERR, line="RLIMIT_AS is 209715200", before=limit("RLIMIT_AS", 200 << 20)
     ),
+    "data": Case(shards=(1, 2), code=OSERR, line="RLIMIT_DATA is ", before=LITTLE_DATA),
     "file size": Case(
         shards=(1, 2),
         code=OSERR,

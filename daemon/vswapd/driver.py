@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import math
 import queue
 import threading
@@ -27,11 +28,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
 
+from vswapd.causes import explained
 from vswapd.trouble import Trouble
 from vswapd.turns import Turns
 from vswapd_backends.base import PAUSE, WAIT, Breath, Compute, IoBatch, StuckError, Submit
 
 T = TypeVar("T")
+_LOG: Final = logging.getLogger(__name__)
 
 IO_DEPTH: Final = 4
 """Device requests performed at a time, a writeback's and those of loads together."""
@@ -143,7 +146,11 @@ class _Flight:
 
 
 class _Workers:
-    """Threads that perform what is put into their queue, made when they are first needed."""
+    """Threads that perform what is put into their queue, made when they are first needed.
+
+    Where none can be had (others may take all that the system gives), whoever submits performs it:
+    that keeps others waiting, but no request fails, and nobody waits for a thread that is none.
+    """
 
     def __init__(self, name: str, depth: int) -> None:
         self.depth: Final = depth
@@ -151,33 +158,46 @@ class _Workers:
         self._queue: queue.SimpleQueue[tuple[Callable[[], None], _Flight] | None] = (
             queue.SimpleQueue()
         )
+        self._making = threading.Lock()
         self._threads: list[threading.Thread] = []
+        """Those that run."""
+        self._short = False
+        """Whether the journal says that there are too few."""
 
     def submit(self, calls: list[Callable[[], None]]) -> _Flight:
         """Perform these calls, at the same time as far as there are workers."""
-        if not self._threads:
-            for number in range(self.depth):
-                # Daemons: a device that hangs must not keep the process from ending.
-                thread = threading.Thread(
-                    target=self._work, name=f"{self._name}-{number}", daemon=True
-                )
-                self._threads.append(thread)
-                thread.start()
+        if len(self._threads) < self.depth:
+            self._make()
         flight = _Flight(len(calls))
-        for call in calls:
-            self._queue.put((call, flight))
+        if self._threads:
+            for call in calls:
+                self._queue.put((call, flight))
+        else:
+            for call in calls:
+                _perform(call, flight)
         return flight
+
+    def _make(self) -> None:
+        """Start what threads are missing, or as many of them as can be had."""
+        with self._making:
+            try:
+                while len(self._threads) < self.depth:
+                    name = f"{self._name}-{len(self._threads)}"
+                    # Daemons: a device that hangs must not keep the process from ending.
+                    thread = threading.Thread(target=self._work, name=name, daemon=True)
+                    thread.start()
+                    self._threads.append(thread)
+                self._short = False
+            except (RuntimeError, MemoryError) as error:
+                if not self._short:
+                    there = f"{len(self._threads)} of {self.depth} {self._name} threads are there"
+                    _LOG.warning("%s; %s, and requests take longer", explained(error), there)
+                self._short = True
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            call, flight = item
-            error: BaseException | None = None
-            try:
-                call()
-            except BaseException as caught:  # noqa: BLE001 - handed to whoever waits
-                error = caught
-            flight.part_done(error)
-            del item, call, flight, error  # an idle worker holds on to nothing
+            _perform(*item)
+            del item  # an idle worker holds on to nothing
 
     def close(self) -> None:
         """End the threads, once what is in the queue is done."""
@@ -186,6 +206,15 @@ class _Workers:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+
+
+def _perform(call: Callable[[], None], flight: _Flight) -> None:
+    error: BaseException | None = None
+    try:
+        call()
+    except BaseException as caught:  # noqa: BLE001 - handed to whoever waits
+        error = caught
+    flight.part_done(error)
 
 
 class Driver:

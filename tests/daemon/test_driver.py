@@ -466,3 +466,46 @@ def test_who_works_alone_stands_in_line_less_often(
 
     asyncio.run(main())
     assert len(asked) == most
+
+
+# Threads that cannot be had
+
+
+@pytest.fixture
+def no_threads() -> Iterator[None]:
+    """No thread can be started meanwhile: no stack is of such a size."""
+    before = threading.stack_size(1 << 50)
+    yield
+    threading.stack_size(before)
+
+
+def _work(done: list[str]) -> Task[str]:
+    yield Compute(lambda: done.append(threading.current_thread().name), slow=True)
+    request = IoRequest(IoKind.READ, UnkindDevice(1), 0, 0, PAGE_BYTES)
+    yield IoBatch([request])
+    done.append("read" if request.result == BLOCK else "failed")
+    return "ended"
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_who_has_no_thread_does_it_himself(
+    driver: Driver, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A task ends that no thread can be started for, others after it, and the journal says why."""
+    here = threading.current_thread().name
+    for _ in range(2):
+        done: list[str] = []
+        assert driver.run(_work(done)) == "ended"
+        assert done == [here, "read"]
+
+    async def ask() -> str:
+        outcome = driver.start(_work(done))
+        assert isinstance(outcome, Pending)
+        return await driver.finish(outcome)
+
+    assert asyncio.run(ask()) == "ended"
+    assert caplog.text.count("no thread can be started") == 2  # for computations, and for devices
+    threading.stack_size(0)
+    done.clear()
+    assert driver.run(_work(done)) == "ended"
+    assert done[0].startswith("vswapd-compute-")

@@ -29,8 +29,9 @@ _LIVE_KEYS: Final = tuple(
 
 _DESCRIPTION: Final = """\
 Shows what vswapd holds and saves, and steers it. Without a verb, the status is shown. The status
-is for everybody who may connect to the daemon; all other verbs need root or the user that the
-daemon runs as. Sizes are written as 512M or 1.5G: K, M, G and T are powers of 1024.
+is for everybody who may connect to the daemon, and so are `spaces` and `drop`, for one's own; all
+other verbs need root or the user that the daemon runs as. Sizes are written as 512M or 1.5G: K, M,
+G and T are powers of 1024.
 """
 _EPILOG: Final = """\
 Exit codes: 0, done. 1, the daemon could not do it, or `verify` found something wrong. 2, the

@@ -91,6 +91,9 @@ class Share:
         left = excess if late else excess - others.leaving
         due = max(0, min(left, math.ceil(own - self._target)))
         waits = not due and own and others.held > others.stuck
+        if waits and late:
+            # It has just found that it may keep more (the floor was raised): they have time anew.
+            self._since = now
         self.next_look = self._since + PATIENCE_S if waits else None
         return due
 

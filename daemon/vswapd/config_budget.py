@@ -108,19 +108,22 @@ class Fitting:
 
     @property
     def fits_bytes(self) -> int:
-        """What the pool can have, however much of the memory is free: at most `pool_max`."""
+        """What the pool can count on, whatever requests take: at most `pool_max`.
+
+        It has more for as long as they leave more than the reserve free (see `pressure`).
+        """
         if not self.reserve:
             return self.pool_max
         return max(0, min(self.pool_max, self.ram_bytes - self.own_bytes - self.reserve))
 
     @property
     def lowered(self) -> str:
-        """That the pool gets less than its maximum, and why; empty: it does not."""
+        """That the pool cannot count on its maximum, and why; empty: it can."""
         if self.fits_bytes == self.pool_max:
             return ""
         return (
-            f"pool.max of {human_size(self.pool_max)} does not fit, the pool takes "
-            f"{human_size(self.fits_bytes)} at most: {self._why}"
+            f"pool.max of {human_size(self.pool_max)} does not fit, the pool can count on "
+            f"{human_size(self.fits_bytes)}: {self._why}"
         )
 
     @property

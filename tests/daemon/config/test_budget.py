@@ -47,7 +47,7 @@ def test_what_fits() -> None:
     assert (fitting.fits_bytes, fitting.lowered, fitting.refusal) == (64 * MIB, "", "")
     less = replace(fitting, ram_bytes=160 * MIB)
     assert less.fits_bytes == 30 * MIB
-    assert "pool.max of 64.0 MiB does not fit, the pool takes 30.0 MiB at most" in less.lowered
+    assert "pool.max of 64.0 MiB does not fit, the pool can count on 30.0 MiB" in less.lowered
     assert less.refusal == ""
     nothing = replace(fitting, ram_bytes=132 * MIB)
     assert "nothing is left for the pool: allow it 134 MiB or more" in nothing.refusal

@@ -24,12 +24,15 @@ def lock_of(path: Path) -> Path:
 
 
 def serves(path: Path) -> bool:
-    """Whether a daemon answers at a path; it does not if nothing is there, or nobody listens."""
+    """Whether a daemon answers at a path; it does not if nothing is there, or nobody listens.
+
+    Nor while the socket is being made: until it has its mode nobody but root may connect.
+    """
     try:
         with Wire(path) as wire:
             wire.hello()
             return wire.ask(STATUS).status == 0
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, ConnectionRefusedError, PermissionError):
         return False
 
 

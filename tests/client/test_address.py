@@ -218,7 +218,7 @@ for place in sys.argv[1:]:
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+@pytest.mark.skipif(os.geteuid() != 0, reason="hardware: only root can be somebody else")
 def test_who_may_not_connect_is_told_whose_it_is(fake: FakeDaemon) -> None:
     """A socket of somebody else's, and one in a directory that is closed."""
     fake.path.parent.chmod(0o755)

@@ -48,6 +48,7 @@ def git(*arguments: str) -> bytes:
 
 def sources_of(commit: str, directory: Path) -> Path:
     """The sources of a version, put into a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
     # Not tarfile: how it is told to be careful is not the same in all versions of Python 3.11.
     subprocess.run(["tar", "-x", "-C", str(directory)], input=git("archive", commit), check=True)
     return directory

@@ -265,6 +265,17 @@ def test_library_code_does_not_print(name: str) -> None:
     assert not lines, f"{name} prints in lines {lines}"
 
 
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_cancellation_is_lost(name: str) -> None:
+    """Nobody waits by asyncio.wait_for, which on Python 3.11 may lose a cancellation.
+
+    Who was told to end then goes on for ever; asyncio.timeout does not lose it.
+    """
+    calls = (n for n in ast.walk(ast.parse(MODULES[name].read_text())) if isinstance(n, ast.Call))
+    lines = [call.lineno for call in calls if ast.unparse(call.func) == "asyncio.wait_for"]
+    assert not lines, f"{name} waits so in lines {lines}"
+
+
 @pytest.mark.parametrize("module", ["vswap", "vswap.protocol", "vswap.aio"])
 def test_importing_the_client_leaves_the_daemon_out(module: str) -> None:
     """Importing the client loads no module of the daemon, its backends or devices, and no tool."""
